@@ -1,0 +1,1 @@
+"""The cloud: the server, its sessions and its command line."""

@@ -1,0 +1,83 @@
+"""The command ``cloud-server``."""
+
+import ipaddress
+import logging
+import sys
+
+import click
+
+from common.command import run_cli, run_command
+
+
+@click.command("cloud-server", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option(
+    "--port", default=7433, type=click.IntRange(0, 65535), help="Port to listen on; 0 takes a free one."
+)
+@click.option("--gpu", type=click.IntRange(0), help="Compute on this GPU.  [default: 0 if there is one]")
+@click.option("--cpu", is_flag=True, help="Compute on the CPU.")
+@click.option("--threads", type=click.IntRange(1), help="Threads for computing.  [default: one a core]")
+@click.option("--max-sessions", default=8, type=click.IntRange(1), help="Clients served at once.")
+@click.option(
+    "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers models."
+)
+@click.option("--quiet", is_flag=True, help="Log warnings only.")
+@click.option("--debug", is_flag=True, help="Say more, and show tracebacks.")
+def cli(
+    host: str,
+    port: int,
+    gpu: int | None,
+    cpu: bool,
+    threads: int | None,
+    max_sessions: int,
+    modules: tuple[str, ...],
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Compute the middle of models for edge clients, on a GPU or the CPU.
+
+    The first line on standard output says where the server listens; its log goes to standard error.
+    """
+    if cpu and gpu is not None:
+        raise click.UsageError("--gpu and --cpu exclude each other; give one of them.")
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(message)s",
+    )
+
+    def serve() -> None:
+        # torch is slow to import: a wrong command line is answered without it.
+        from cloud.device import first_gpu
+        from cloud.server import ServerConfig, serve_until_signal
+        from common.imports import import_modules
+        from wire.transport import run
+
+        import_modules(modules)
+        if not _is_loopback(host):
+            logging.getLogger(__name__).warning(
+                "anyone who can reach %s can use this server: nothing asks who they are, and nothing is encrypted",
+                host,
+            )
+        config = ServerConfig(
+            host=host,
+            port=port,
+            gpu=None if cpu else first_gpu() if gpu is None else gpu,
+            threads=threads,
+            max_sessions=max_sessions,
+        )
+        run(serve_until_signal(config))
+
+    run_command(serve, debug=debug)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def main() -> None:
+    """Run the console script."""
+    run_cli(cli)

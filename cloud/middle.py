@@ -1,0 +1,145 @@
+"""The middle of one job: built, checked, trained. Every method runs on the session's compute lane."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cloud.device import Device
+from cloud.loss_scale import LossScale
+from common.bottleneck import with_bottleneck
+from common.errors import UserError
+from common.memory_format import choose_memory_format
+from common.models import build_model, default_image_size
+from common.partition import Split, image_input, split
+from common.propagate import TensorInfo
+from common.spec import JobSpec
+from common.stage import AMP_DTYPES, Stage, seeded
+from common.weights import partition_state, state_digest
+from wire.errors import CorruptPayload
+
+
+class Middle:
+    """The middle partition with its optimizer.
+
+    Args:
+        spec: the job.
+        device: where it computes.
+
+    Raises:
+        UserError: the model, a cut or a bottleneck is unknown or does not fit.
+
+    Attributes:
+        needs_weights: whether the client's initial weights differ from what this side can build.
+        memory_format: ``contiguous`` or ``channels_last``, as asked for or measured.
+        stage: the partition at work.
+    """
+
+    def __init__(self, spec: JobSpec, device: Device) -> None:
+        parts = _build(spec)
+        parts.front.free()
+        parts.back.free()
+        self._cuts = {1: parts.cut1, 2: parts.cut2}
+        self._chunk_size = spec.chunk_size
+        self._scale = LossScale(enabled=spec.amp == "fp16")
+        self.needs_weights = state_digest(partition_state(parts.middle)) != spec.digest
+        middle = parts.middle.to(device.torch_device)
+        amp = None if spec.amp == "none" else spec.amp
+        with seeded(spec.seed, device.torch_device):
+            chunk = [
+                torch.rand(info.batched(spec.chunk_size), device=device.torch_device).to(info.dtype)
+                for info in parts.cut1
+            ]
+            choice = choose_memory_format(
+                middle, chunk, option=spec.memory_format, autocast=AMP_DTYPES[amp] if amp else None
+            )
+        self.memory_format = choice.name
+        self.stage = Stage(
+            middle,
+            "middle",
+            seed=spec.seed,
+            needs_grad=[info.requires_grad for info in parts.cut1],
+            optim=spec.optim,
+            device=device.torch_device,
+            memory_format=choice.format,
+            amp=amp,
+        )
+
+    def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
+        """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
+        return [info for info in self._cuts[cut] if info.requires_grad or not gradients]
+
+    def check(self, info: TensorInfo, tensor: Tensor) -> None:
+        """Check that a tensor that came is what crosses there, for at most one chunk of samples.
+
+        Raises:
+            CorruptPayload: it is not.
+        """
+        rows = tensor.shape[0] if tensor.dim() else 0
+        samples = rows // info.rows if info.rows else 1
+        fits = 1 <= samples <= self._chunk_size and tuple(tensor.shape) == info.batched(samples)
+        if not fits or tensor.dtype != info.dtype:
+            raise CorruptPayload(
+                f"{info.name} came as {tensor.dtype} {list(tensor.shape)}; a full chunk of it is {info.dtype} "
+                f"{list(info.batched(self._chunk_size))}"
+            )
+
+    def max_bytes(self) -> int:
+        """Return the bytes of the largest tensor that one chunk brings."""
+        return max(info.dense_bytes(self._chunk_size) for infos in self._cuts.values() for info in infos)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return parameters and buffers, by name, in host memory."""
+        return {name: tensor.cpu() for name, tensor in partition_state(self.stage.partition).items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Load the client's initial weights."""
+        self.stage.partition.load_state_dict(dict(state), strict=True)
+        self.needs_weights = False
+
+    def backward(self, chunk: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Run a chunk backward.
+
+        Args:
+            chunk: its number.
+            gradients: of those outputs that need one, in order.
+
+        Returns:
+            The gradients of the inputs, None for those that need none.
+        """
+        scale = self._scale.value
+        given = iter(gradients if scale == 1.0 else [g * scale for g in gradients])
+        wanted = [next(given) if info.requires_grad else None for info in self._cuts[2]]
+        results = self.stage.backward(chunk, wanted)
+        if scale == 1.0:
+            return results
+        return tuple(None if g is None else g / scale for g in results)
+
+    def finish_gradients(self) -> float:
+        """After the last chunk's backward: undo the loss scale; return the sum of squares of the gradients."""
+        if self._scale.value != 1.0:
+            self.stage.scale_gradients(1 / self._scale.value)
+        return self.stage.grad_norm_sq()
+
+    def commit(self, scale: float | None) -> None:
+        """Apply the step."""
+        self.stage.commit(scale)
+        self._scale.stepped()
+
+    def rollback(self) -> None:
+        """Undo the step."""
+        self.stage.rollback()
+        self._scale.overflowed()
+
+
+def _build(spec: JobSpec) -> Split:
+    try:
+        model = build_model(spec.model)
+    except UserError:
+        # Weights that this machine cannot fetch: the digest will differ, and the client sends its own.
+        if spec.model.weights is None:
+            raise
+        model = build_model(replace(spec.model, weights=None))
+    image_size = spec.model.image_size or default_image_size(spec.model.name)
+    return with_bottleneck(split(model, spec.cuts, image_input(image_size)), spec.bottlenecks, seed=spec.seed)

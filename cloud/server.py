@@ -1,0 +1,98 @@
+"""The cloud server: takes connections and runs a session on each."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from cloud.device import Device
+from cloud.session import Session
+from common.errors import IsthmusError, UserError
+from common.runtime import default_threads
+from wire.config import WireConfig
+from wire.errors import ConnectFailed, ConnectionLost, PeerError, WireError
+from wire.transport import Connection, Server, serve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of a server; each is an option of ``cloud-server`` of the same name.
+
+    Attributes:
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        gpu: index of the GPU to compute on; None for the CPU.
+        threads: torch's threads for computing; None for one a core.
+        max_sessions: clients served at once; more are refused.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7433
+    gpu: int | None = None
+    threads: int | None = None
+    max_sessions: int = 8
+
+
+@asynccontextmanager
+async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
+    """Serve while the block runs; the server's ``host`` and ``port`` say where. Sessions end with the block.
+
+    Raises:
+        UserError: no such GPU, or an address that cannot be listened on.
+    """
+    device = Device(config.gpu)
+    threads = config.threads or default_threads()
+
+    async def on_connection(connection: Connection) -> None:
+        await _serve_one(connection, device, threads)
+
+    wire = WireConfig(device=device.name, max_connections=config.max_sessions, allocate=device.allocate)
+    try:
+        server = await serve(config.host, config.port, on_connection, wire)
+    except ConnectFailed as error:
+        raise UserError(
+            f"cannot listen on {config.host}:{config.port}: {error.reason}; choose another --host or --port "
+            "(0 takes a free port)"
+        ) from error
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+async def _serve_one(connection: Connection, device: Device, threads: int) -> None:
+    logger.info("%s: connected", connection.peer)
+    try:
+        await Session(connection, device, threads).run()
+    except IsthmusError as error:
+        logger.warning("%s: refused: %s", connection.peer, error)
+        await connection.fail("refused", str(error))
+    except ConnectionLost as error:
+        logger.warning("%s: %s", connection.peer, error)
+    except PeerError as error:
+        logger.warning("%s: %s", connection.peer, error)
+    except WireError as error:
+        logger.warning("%s: broke the protocol: %s", connection.peer, error)
+        await connection.fail(getattr(error, "code", "protocol_error"), str(error))
+    else:
+        logger.info("%s: done", connection.peer)
+
+
+async def serve_until_signal(config: ServerConfig) -> None:
+    """Serve until SIGINT or SIGTERM; the first line on standard output says where."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    async with running_server(config) as server:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):
+                loop.add_signal_handler(number, stop.set)
+        sys.stdout.write(f"listening on {server.host}:{server.port}\n")
+        sys.stdout.flush()
+        await stop.wait()
+        logger.info("shutting down")

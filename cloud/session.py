@@ -1,0 +1,300 @@
+"""One client's job on the server: builds the middle, runs its part of every step, answers until goodbye.
+
+The connection's receive loop (`Session.run`) only sorts messages. Decoding, computing and encoding run on the
+session's lanes; `Driver` orders the computing. Whatever fails anywhere ends the session with one typed error,
+and the server goes on.
+"""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cloud.device import Device, LaneStreams, Placed
+from cloud.middle import Middle
+from cloud.streams import Streams
+from common.driver import Driver
+from common.errors import IsthmusError, UserError
+from common.groups import first_error
+from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
+from common.schedule import Action, cloud_schedule
+from common.seeding import derive_seed
+from common.spec import JobSpec
+from common.trace import Tracer
+from common.traffic import Sent
+from wire.errors import RemoteProtocolError, SpecError
+from wire.messages import (
+    Abort,
+    Backward,
+    Begin,
+    Bye,
+    Commit,
+    Committed,
+    Fetch,
+    Forward,
+    Message,
+    Open,
+    Ready,
+    Weights,
+)
+from wire.streams import (
+    Encodings,
+    WeightsReceiver,
+    chunk_message,
+    weights_messages,
+)
+from wire.transport import Connection
+
+MAX_EVALUATION_CHUNKS = 1 << 24
+
+
+class Session:
+    """One connection and the job on it.
+
+    Args:
+        connection: past its handshake.
+        device: where the middle computes.
+        threads: torch's threads for computing.
+    """
+
+    def __init__(self, connection: Connection, device: Device, threads: int) -> None:
+        self._connection = connection
+        self._device = device
+        self._tracer = Tracer("cloud", enabled=False)
+        self._streams = LaneStreams(device)
+        self._lanes = Lanes(self._tracer, threads)
+        self._step = self._aborted = -1
+        self._driver: Driver | None = None
+        self._driving: asyncio.Task[None] | None = None
+        self._placed: dict[Action, Placed] = {}
+        self._evaluating = False
+        self._in_flight = 0
+        self._sent = Sent()
+        self._last_chunk = 0
+        self._incoming: WeightsReceiver | None = None
+        self._tasks: asyncio.TaskGroup
+
+    async def run(self) -> None:
+        """Serve the job until the client says goodbye.
+
+        Raises:
+            WireError: the connection or the peer failed.
+            IsthmusError: the job cannot be done; the message is for the client.
+        """
+        try:
+            await self._open()
+            async with asyncio.TaskGroup() as self._tasks:
+                while not isinstance(message := await self._connection.receive(), Bye):
+                    await self._take(message)
+                self._cancel_step()
+        except ExceptionGroup as group:
+            raise first_error(group, IsthmusError, RemoteProtocolError) from None
+        finally:
+            await asyncio.to_thread(self._lanes.close)  # waits for what is being computed
+
+    async def _open(self) -> None:
+        message = await self._connection.receive()
+        if not isinstance(message, Open):
+            raise RemoteProtocolError(f"expected open, got {type(message).__name__.lower()}")
+        spec = JobSpec.from_map(message.spec)
+        self._spec = spec
+        self._tracer.enabled = spec.trace
+        self._middle = middle = await self._lanes.run(COMPUTE, "build", Middle, spec, self._device)
+        self._training = self._make_streams()
+        if middle.needs_weights:
+            self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
+        await self._connection.send(
+            Ready(
+                need_weights=middle.needs_weights,
+                device=self._device.name,
+                memory_format=middle.memory_format,
+                detail={"torch": torch.__version__},
+            )
+        )
+
+    def _make_streams(self) -> Streams:
+        try:
+            return Streams.make(self._spec.codecs, self._middle.max_bytes())
+        except SpecError as error:
+            raise UserError(str(error)) from error
+
+    async def _take(self, message: Message) -> None:
+        match message:
+            case Weights():
+                await self._take_weights(message)
+            case _ if self._incoming is not None:
+                raise RemoteProtocolError("the middle's weights must come before any step")
+            case Begin():
+                self._begin(message)
+            case Forward() | Backward():
+                self._take_tensors(message)
+            case Commit():
+                await self._commit(message)
+            case Abort():
+                await self._abort(message)
+            case Fetch():
+                await self._send_weights(message)
+            case _:
+                raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()}")
+
+    async def _take_weights(self, message: Weights) -> None:
+        if self._incoming is None:
+            raise RemoteProtocolError("weights came that were not asked for")
+        state = self._incoming.take(message)
+        if state is not None:
+            self._incoming = None
+            await self._lanes.run(COMPUTE, "load", self._middle.load, state)
+
+    async def _send_weights(self, message: Fetch) -> None:
+        if message.what != "weights" or self._driving is not None:
+            raise RemoteProtocolError(
+                f"{message.what!r} was asked for; there are weights to fetch, between steps"
+            )
+        state = await self._lanes.run(COMPUTE, "state", self._middle.state)
+        for piece in weights_messages(state):
+            await self._connection.send(piece)
+
+    def _begin(self, message: Begin) -> None:
+        if self._driving is not None:
+            raise RemoteProtocolError(f"step {message.step} begins before step {self._step} ended")
+        limit = MAX_EVALUATION_CHUNKS if message.evaluate else self._spec.chunks
+        if not 1 <= message.chunks <= limit:
+            raise RemoteProtocolError(f"a step of {message.chunks} chunks; the limit is {limit}")
+        if not message.evaluate:
+            if message.step <= self._step:
+                raise RemoteProtocolError(f"step {message.step} begins after step {self._step}")
+            self._step = message.step
+            self._busy_before = self._busy_s()
+            self._lanes.run(COMPUTE, "begin", self._middle.stage.begin_step)
+        self._evaluating = message.evaluate
+        # An evaluation has streams of its own, so that it changes nothing of training.
+        self._codecs = self._make_streams() if message.evaluate else self._training
+        self._last_chunk = message.chunks - 1
+        self._driver = Driver(cloud_schedule(message.chunks, evaluate=message.evaluate), self._perform)
+        self._driving = self._tasks.create_task(self._drive(self._driver))
+
+    async def _drive(self, driver: Driver) -> None:
+        try:
+            await driver.run()
+        except ValueError as error:
+            raise RemoteProtocolError(str(error)) from error
+        if self._evaluating:
+            self._driver = self._driving = None
+
+    def _take_tensors(self, message: Forward | Backward) -> None:
+        if message.step <= self._aborted and not (isinstance(message, Forward) and message.evaluate):
+            return  # it was under way when its step was aborted
+        action = Action(1, "F" if isinstance(message, Forward) else "B", message.chunk)
+        cut = 1 if isinstance(message, Forward) else 2
+        if self._driver is None or (not self._evaluating and message.step != self._step):
+            raise RemoteProtocolError(f"{action} of step {message.step} came outside that step")
+        if action.what == "F":
+            self._in_flight += 1
+            if self._in_flight > self._spec.in_flight:
+                raise RemoteProtocolError(f"more than {self._spec.in_flight} chunks in flight")
+        if action in self._placed:
+            raise RemoteProtocolError(f"{action} came twice")
+        self._placed[action] = Placed(())
+        decoding = self._lanes.run(DECODE, str(action), self._decode, message, cut)
+        self._tasks.create_task(self._arrive(self._driver, action, decoding))
+
+    def _decode(self, message: Forward | Backward, cut: int) -> Placed:
+        infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
+        decoder = self._codecs.decoders[cut]
+
+        def work() -> tuple[Tensor, ...]:
+            tensors = decoder.decode(message, [info.name for info in infos], device=self._device.torch_device)
+            for info, tensor in zip(infos, tensors.values(), strict=True):
+                self._middle.check(info, tensor)
+            return tuple(tensors.values())
+
+        return self._streams.decode(work)
+
+    async def _arrive(self, driver: Driver, action: Action, decoding: asyncio.Future[Placed]) -> None:
+        placed = await decoding
+        if driver is self._driver:  # else the step was aborted meanwhile
+            self._placed[action] = placed
+            driver.arrive(action)
+
+    async def _perform(self, action: Action) -> None:
+        placed = self._placed.pop(action)
+        work = self._backward if action.backward else self._forward
+        results, norm_sq = await self._lanes.run(COMPUTE, str(action), work, action, placed)
+        if action.backward or self._evaluating:
+            self._in_flight -= 1
+        cut = 1 if action.backward else 2
+        names = [info.name for info in self._middle.crossing(cut, gradients=action.backward)]
+        encoding = self._lanes.run(ENCODE, str(action), self._encode, action, cut, names, results)
+        self._tasks.create_task(self._send(action, names, encoding, norm_sq))
+
+    def _forward(self, action: Action, placed: Placed) -> tuple[Placed, float | None]:
+        stage = self._middle.stage
+        run = stage.evaluate if self._evaluating else partial(stage.forward, self._step, action.chunk)
+        return self._streams.compute(run, placed), None
+
+    def _backward(self, action: Action, placed: Placed) -> tuple[Placed, float | None]:
+        results = self._streams.compute(partial(self._middle.backward, action.chunk), placed)
+        if action.chunk != self._last_chunk:
+            return results, None
+        with self._streams.computing():
+            return results, self._middle.finish_gradients()
+
+    def _encode(self, action: Action, cut: int, names: list[str], placed: Placed) -> Encodings:
+        seed = derive_seed(self._spec.seed, self._step, action.chunk, f"cut{cut}.{action.what}")
+        encoder = self._codecs.encoders[cut]
+
+        def work(tensors: tuple[Tensor, ...]) -> Encodings:
+            return encoder.encode(dict(zip(names, tensors, strict=True)), seed=seed)
+
+        return self._streams.encode(work, placed)
+
+    async def _send(
+        self, action: Action, names: list[str], encoding: asyncio.Future[Encodings], norm_sq: float | None
+    ) -> None:
+        step, chunk, backward = self._step, action.chunk, action.backward
+        message = chunk_message(
+            await encoding, names, step, chunk, backward=backward, evaluate=self._evaluating, norm_sq=norm_sq
+        )
+        receipt = await (await self._connection.send(message))
+        if receipt.start_ns is not None and receipt.end_ns is not None:
+            self._sent.add(str(action), receipt.size, (receipt.end_ns - receipt.start_ns) / 1e9)
+            self._tracer.record("send", str(action), receipt.start_ns, receipt.end_ns, bytes=receipt.size)
+
+    async def _commit(self, message: Commit) -> None:
+        if self._driving is None or message.step != self._step or self._evaluating:
+            raise RemoteProtocolError(f"commit of step {message.step}, which is not under way")
+        await self._driving
+        self._driver = self._driving = None
+        applied = self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale)
+        self._tasks.create_task(self._confirm(message.step, applied))
+
+    async def _confirm(self, step: int, applied: asyncio.Future[None]) -> None:
+        await applied
+        detail: dict[str, Any] = {
+            "busy_s": {lane: seconds - self._busy_before[lane] for lane, seconds in self._busy_s().items()},
+            "mean_s": self._lanes.take_means(),
+            "sizes": self._sent.take_sizes(),
+            "rate_bit_s": self._sent.rate_bit_s,
+        }
+        if self._tracer.enabled:
+            detail["events"] = self._tracer.to_plain(clear=True)
+        await self._connection.send(Committed(step=step, detail=detail))
+
+    async def _abort(self, message: Abort) -> None:
+        if message.step != self._step:
+            raise RemoteProtocolError(f"abort of step {message.step}, which is not under way")
+        self._aborted = message.step
+        self._cancel_step()
+        await self._lanes.run(COMPUTE, "rollback", self._middle.rollback)
+
+    def _busy_s(self) -> dict[str, float]:
+        return {**self._lanes.busy_s, "send": self._sent.busy_s}
+
+    def _cancel_step(self) -> None:
+        if self._driving is not None:
+            self._driving.cancel()
+        self._driver = self._driving = None
+        self._in_flight = 0
+        self._placed.clear()

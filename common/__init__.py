@@ -1,0 +1,1 @@
+"""What both sides share: partitions, bottlenecks, the schedule, stages, optimizers, metrics."""

@@ -1,0 +1,180 @@
+"""Bottlenecks: trainable pairs of layers around a cut that make what crosses it narrow.
+
+    front → encoder ──cut 1──▶ decoder → middle → encoder ──cut 2──▶ decoder → back
+
+They are part of the model: trained with it, saved with it under ``bottleneck.``, and built alike on both
+sides from the seed. A kind of bottleneck is one entry of `KINDS`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from common.conv_bottleneck import build_coders, choose_pairs, narrow_shape, parse_pairs
+from common.errors import UserError
+from common.partition import Partition, Split
+from common.propagate import TensorInfo
+from common.seeding import derive_seed
+from common.weights import BOTTLENECK_PREFIX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coders:
+    """What is inserted at a cut for one tensor.
+
+    Attributes:
+        encoder: before the cut.
+        decoder: after it; gives back the tensor's own shape.
+        crossing: what crosses between them.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    crossing: TensorInfo
+
+
+@dataclass(frozen=True)
+class BottleneckSpec:
+    """A parsed specification, such as ``conv:20x3,360x1``.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        args: what follows the colon, empty for the defaults.
+    """
+
+    kind: str
+    args: str = ""
+
+
+def _check_conv(spec: BottleneckSpec) -> None:
+    if spec.kind == "conv2" and spec.args:
+        raise UserError(
+            f"conv2 takes no widths; nest pairs in conv:{spec.args} with /, as in conv:32x4/16x1,360x1"
+        )
+    parse_pairs(spec.kind, spec.args)
+
+
+def _build_conv(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: torch.Generator) -> Coders:
+    pairs = choose_pairs(spec.kind, spec.args, cut, info.shape)
+    encoder, decoder = build_coders(pairs, info.shape, generator)
+    crossing = replace(info, shape=narrow_shape(pairs, info.shape), requires_grad=True)
+    return Coders(encoder=encoder, decoder=decoder, crossing=crossing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a kind of bottleneck is checked and built.
+
+    Attributes:
+        check: raises UserError for arguments that do not parse.
+        dims: the dimensions, with the batch's, of the tensors that get one.
+        build: from the specification, the cut's number, the tensor, and a generator of first weights.
+    """
+
+    check: Callable[[BottleneckSpec], None]
+    dims: int
+    build: Callable[[BottleneckSpec, int, TensorInfo, torch.Generator], Coders]
+
+
+KINDS = {
+    "conv": Kind(check=_check_conv, dims=4, build=_build_conv),
+    "conv2": Kind(check=_check_conv, dims=4, build=_build_conv),
+}
+
+
+def parse_bottleneck(text: str) -> BottleneckSpec:
+    """Parse a bottleneck's specification: a kind, and after a colon its arguments.
+
+    The rate is the bytes that cross both cuts over those that would without. For MobileNetV2 at 224 px:
+    ``conv`` has 0.097, ``conv:19x4,360x1`` 0.070, ``conv2`` 0.038.
+
+    Raises:
+        UserError: no such kind, or arguments that do not parse; points at the character.
+    """
+    kind, colon, args = text.strip().partition(":")
+    if kind not in KINDS:
+        raise UserError(f"unknown bottleneck {kind!r}; there are {', '.join(KINDS)}")
+    spec = BottleneckSpec(kind, args)
+    if colon and not args:
+        raise UserError(f"{text}: nothing follows the colon; leave it out for the default widths")
+    KINDS[kind].check(spec)
+    return spec
+
+
+def build_pair(cut: int, info: TensorInfo, spec: BottleneckSpec, seed: int, position: int = 0) -> Coders:
+    """Build encoder and decoder for one tensor of a cut, in float32 on the CPU.
+
+    Args:
+        cut: 1 or 2.
+        info: what crosses without a bottleneck.
+        spec: what to build.
+        seed: of the first weights; equal seeds give equal ones.
+        position: of the tensor among those that cross.
+
+    Raises:
+        UserError: the tensor's shape does not suit the kind.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "bottleneck", cut, position))
+    return KINDS[spec.kind].build(spec, cut, info, generator)
+
+
+def with_bottleneck(split: Split, specs: Sequence[str], *, seed: int) -> Split:
+    """Insert bottlenecks at the cuts of a split model.
+
+    Every floating-point tensor of the kind's number of dimensions gets a pair. Parameters are named
+    ``bottleneck.cut1.encoder.0.weight`` and so on, with the tensor's position after the cut where several get
+    one.
+
+    Args:
+        split: as `split` made it; its partitions are extended in place.
+        specs: of cut 1 and cut 2; empty strings for none.
+        seed: of the first weights.
+
+    Returns:
+        The split with what crosses now; without any bottleneck, the same one.
+
+    Raises:
+        UserError: a specification that does not parse, or does not suit what crosses.
+    """
+    parsed = [parse_bottleneck(text) if text else None for text in specs]
+    cuts = [
+        _narrow(cut, infos, spec, seed)
+        for cut, infos, spec in zip((1, 2), (split.cut1, split.cut2), parsed, strict=True)
+    ]
+    for cut, coders, before, after in zip(
+        (1, 2), cuts, (split.front, split.middle), (split.middle, split.back), strict=True
+    ):
+        _insert(cut, coders, before, after)
+    crossing = [
+        tuple(coders[i].crossing if i in coders else info for i, info in enumerate(infos))
+        for coders, infos in zip(cuts, (split.cut1, split.cut2), strict=True)
+    ]
+    return replace(split, cut1=crossing[0], cut2=crossing[1])
+
+
+def _narrow(
+    cut: int, infos: Sequence[TensorInfo], spec: BottleneckSpec | None, seed: int
+) -> dict[int, Coders]:
+    if spec is None:
+        return {}
+    kind = KINDS[spec.kind]
+    fitting = [
+        position
+        for position, info in enumerate(infos)
+        if info.dtype.is_floating_point and info.rows == 1 and len(info.shape) + 1 == kind.dims
+    ]
+    if not fitting:
+        shapes = ", ".join(f"[B,{','.join(map(str, info.shape))}]" for info in infos)
+        raise UserError(
+            f"{spec.kind} needs a map [B,C,H,W], and {shapes} crosses cut {cut}; use codecs or another cut"
+        )
+    return {position: build_pair(cut, infos[position], spec, seed, position) for position in fitting}
+
+
+def _insert(cut: int, coders: dict[int, Coders], before: Partition, after: Partition) -> None:
+    for position, pair in coders.items():
+        place = f"{BOTTLENECK_PREFIX}cut{cut}" + (f".{position}" if len(coders) > 1 else "")
+        before.add_encoder(position, f"{place}.encoder", pair.encoder)
+        after.add_decoder(position, f"{place}.decoder", pair.decoder)

@@ -1,0 +1,226 @@
+"""Makes what flows across a cut explicit and sendable, before a graph is split.
+
+Three things that are harmless in one process are not between two:
+
+- An operation that changes its argument in place, when that argument comes from the partition before: it
+would fail
+  on a leaf that needs a gradient, or corrupt a buffer that is being sent. It is made out of place, and only
+  it.
+- A tuple: its elements are taken out of it where it is made.
+- An integer, such as a size: it is a constant, or follows the batch and is read off a tensor that crosses
+anyway.
+"""
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import Tensor, fx, nn
+
+from common.errors import UserError
+from common.graph import Traced
+from common.propagate import BATCHES, Propagated, describe
+
+OUTPUT_PART = 2
+
+_IN_PLACE_OPERATORS: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+@dataclass
+class Flow:
+    """A traced model whose operations have been given to partitions.
+
+    Attributes:
+        model: the traced module.
+        traced: its graph; changed by the functions of this module.
+        found: what its nodes yield.
+        part: 0, 1 or 2 by the node's name; the model's inputs are in -1.
+        copies: modules to use in place of the model's own, by the path that the graph calls them by.
+    """
+
+    model: nn.Module
+    traced: Traced
+    found: Propagated
+    part: dict[str, int]
+    copies: dict[str, nn.Module] = field(default_factory=dict)
+
+    def part_of(self, node: fx.Node) -> int:
+        """Return the partition that a node's value is used or made in."""
+        return OUTPUT_PART if node.op == "output" else self.part.get(node.name, -1)
+
+    def crossing_users(self, node: fx.Node) -> list[fx.Node]:
+        """Return the users of a node that are in later partitions."""
+        return [user for user in node.users if self.part_of(user) > max(self.part_of(node), 0)]
+
+    def insert_like(self, node: fx.Node, like: fx.Node, part: int) -> None:
+        """Enter a new node that yields what another one does."""
+        self.part[node.name] = part
+        self.found.values[node.name] = self.found.values[like.name]
+        self.traced.names[node.name] = self.traced.names[like.name]
+
+
+def assign(traced: Traced, found: Propagated, cuts: tuple[int, int]) -> dict[str, int]:
+    """Give each operation to a partition by its position, and the elements of a tuple to the tuple's."""
+    part: dict[str, int] = {}
+    for index, node in enumerate(traced.operations()):
+        part[node.name] = sum(index > cut for cut in cuts)
+        source = node.args[0] if node.target is operator.getitem else None
+        if isinstance(source, fx.Node) and not isinstance(found.values[source.name][0], Tensor):
+            part[node.name] = part.get(source.name, part[node.name])
+    return part
+
+
+def make_changes_local(flow: Flow) -> None:
+    """Make the operations that change a tensor of an earlier partition in place do so out of place.
+
+    Raises:
+        UserError: the change is seen through another view of the same memory, which cannot be kept across a
+            cut.
+    """
+    order = {node.name: index for index, node in enumerate(flow.traced.graph.nodes)}
+    storages = dict(flow.found.storages)
+    made_in: dict[int, int] = {}
+    for node in flow.traced.graph.nodes:
+        for storage in storages[node.name]:
+            made_in.setdefault(storage, flow.part_of(node) if node.op != "get_attr" else OUTPUT_PART)
+    for node in list(flow.traced.operations()):
+        for changed in [
+            arg for arg in node.all_input_nodes if arg.name in flow.found.changes.get(node.name, ())
+        ]:
+            shared = storages[changed.name]
+            if all(made_in[storage] >= flow.part_of(node) for storage in shared):
+                continue
+            _make_out_of_place(flow, node, changed)
+            later = [n for n in flow.traced.graph.nodes if order.get(n.name, -1) > order[node.name]]
+            for other in later:
+                if any(
+                    storages.get(arg.name, frozenset()) & shared and order[arg.name] < order[node.name]
+                    for arg in other.all_input_nodes
+                    if arg.name in order
+                ):
+                    names = flow.traced.names
+                    raise UserError(
+                        f"{names[node.name]} changes in place what {names[other.name]} sees through another "
+                        "view, across a cut; choose another cut"
+                    )
+            # From here on the new tensor stands for the old one's memory.
+            fresh = -1 - order[node.name]
+            made_in[fresh] = flow.part_of(node)
+            for name in [node.name, *(n.name for n in later)]:
+                if storages[name] & shared:
+                    storages[name] = storages[name] - shared | {fresh}
+
+
+def _make_out_of_place(flow: Flow, node: fx.Node, changed: fx.Node) -> None:
+    graph, uses = flow.traced.graph, list(changed.users)
+    position = {n: index for index, n in enumerate(graph.nodes)}
+    later = {user for user in uses if position[user] > position[node]}
+    if _edit(flow, node):
+        changed.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+        return
+    with graph.inserting_before(node):
+        own = graph.call_method("clone", (changed,))
+    flow.insert_like(own, changed, flow.part_of(node))
+    changed.replace_all_uses_with(own, delete_user_cb=(later | {node}).__contains__)
+
+
+def _edit(flow: Flow, node: fx.Node) -> bool:
+    """Turn an operation into its out-of-place form; False where it has none that is known."""
+    if node.op == "call_module":
+        module = flow.model.get_submodule(str(node.target))
+        if not getattr(module, "inplace", False) or any(
+            True for _ in (*module.parameters(), *module.buffers())
+        ):
+            return False
+        path = f"{node.target}__out_of_place"
+        flow.copies[path] = copy.copy(module)
+        flow.copies[path].inplace = False  # type: ignore[assignment]
+        node.target = path
+    elif node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif node.target in _IN_PLACE_OPERATORS:
+        node.target = _IN_PLACE_OPERATORS[node.target]
+    elif node.op == "call_method" and hasattr(Tensor, _out_of_place_name(str(node.target))):
+        node.target = _out_of_place_name(str(node.target))
+    else:
+        return False
+    return True
+
+
+def _out_of_place_name(name: str) -> str:
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else "none"
+
+
+def make_numbers_local(flow: Flow) -> None:
+    """Replace what crosses a cut and is no tensor by a constant or by the size of a tensor that crosses.
+
+    Raises:
+        UserError: it is neither.
+    """
+    for node in list(flow.traced.operations()):
+        values = flow.found.values[node.name]
+        if isinstance(values[0], Tensor):
+            continue
+        for user in flow.crossing_users(node):
+            number = _number(flow, values, user)
+            if number is _UNKNOWN:
+                kind, names = type(values[0]).__name__, flow.traced.names
+                raise UserError(
+                    f"{names[node.name]} yields a {kind}, which cannot cross a cut on its way to "
+                    f"{names[user.name]}; choose another cut"
+                )
+            put = partial(_put, node, number)
+            user.args, user.kwargs = fx.map_arg(user.args, put), fx.map_arg(user.kwargs, put)
+
+
+def _put(node: fx.Node, number: Any, argument: fx.Node) -> Any:
+    return number if argument is node else argument
+
+
+_UNKNOWN = object()
+
+
+def _number(flow: Flow, values: list[Any], user: fx.Node) -> Any:
+    first, second = values
+    if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):
+        items = [_number(flow, list(pair), user) for pair in zip(first, second, strict=True)]
+        return _UNKNOWN if any(item is _UNKNOWN for item in items) else tuple(items)
+    if not isinstance(first, int | float | bool | str | torch.dtype | torch.device | None):
+        return _UNKNOWN
+    if first == second and not isinstance(first, torch.device):
+        return first
+    if not isinstance(first, int) or first * BATCHES[1] != second * BATCHES[0] or first % BATCHES[0]:
+        return _UNKNOWN
+    return _batch_multiple(flow, first // BATCHES[0], user)
+
+
+def _batch_multiple(flow: Flow, factor: int, user: fx.Node) -> Any:
+    """Insert before a node the batch times a factor, read off a tensor that crosses to its partition."""
+    graph, part = flow.traced.graph, flow.part_of(user)
+    for source in graph.nodes:
+        info = describe(source.name, flow.found.values.get(source.name, [None]))
+        crosses = source.op != "get_attr" and any(
+            flow.part_of(u) == part for u in flow.crossing_users(source)
+        )
+        if info is None or not info.rows or not crosses:
+            continue
+        with graph.inserting_before(user):
+            size = graph.call_method("size", (source, 0))
+            batch = graph.call_function(operator.floordiv, (size, info.rows))
+            number = graph.call_function(operator.mul, (batch, factor))
+        for node, value in ((size, info.rows), (batch, 1), (number, factor)):
+            flow.part[node.name] = part
+            flow.found.values[node.name] = [value * b for b in BATCHES]
+            flow.traced.names[node.name] = node.name
+        return number
+    return _UNKNOWN

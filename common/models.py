@@ -1,0 +1,261 @@
+"""Models by name: torchvision's classifiers and those that a user registers."""
+
+import difflib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.stage import seeded
+from common.vision import models as vision_models
+from common.weights import BOTTLENECK_PREFIX, load_state
+
+_log = logging.getLogger(__name__)
+
+_registered: dict[str, Callable[..., nn.Module]] = {}
+_registering = threading.Lock()
+
+# Heads that exist only to train these two, and make their outputs tuples.
+_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+
+DEFAULT_IMAGE_SIZE = 224
+
+# What a client may ask of a server's memory.
+MOST_CLASSES = 100_000
+LARGEST_IMAGE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Which model, and what it starts from.
+
+    Attributes:
+        name: of a torchvision classifier or of a registered model.
+        num_classes: outputs of the classifier. Where the checkpoint has another number, the last layer starts
+            anew.
+        weights: torchvision's name (``IMAGENET1K_V1``, ``DEFAULT``), the path of a state dict
+            (``.safetensors``, or ``.pt``/``.pth`` of plain tensors), or None for random weights.
+        seed: of random weights.
+        image_size: side of the square input in pixels, for models that are built for one (vision
+            transformers); None for the model's own.
+    """
+
+    name: str
+    num_classes: int
+    weights: str | None = None
+    seed: int = 0
+    image_size: int | None = None
+
+
+def register_model(name: str, builder: Callable[..., nn.Module]) -> None:
+    """Make a model of your own known by name, on the edge and on the cloud alike.
+
+    Args:
+        name: what `ModelSpec.name` will say.
+        builder: called with ``num_classes=N``; returns the module with random weights from torch's default
+            generator.
+
+    Raises:
+        UserError: the name is taken by another model.
+    """
+    with _registering:
+        if (
+            name in vision_models.list_models(module=vision_models)
+            or _registered.get(name, builder) is not builder
+        ):
+            raise UserError(f"the model name {name!r} is taken; register yours under another")
+        _registered[name] = builder
+
+
+def list_models() -> list[str]:
+    """Return the names of all models that can be built, sorted."""
+    return sorted({*vision_models.list_models(module=vision_models), *_registered})
+
+
+def default_image_size(name: str, weights: str | None = None) -> int:
+    """Return the side, in pixels, of the images that a model was made for: 299 for inception, 224 for most.
+
+    Args:
+        name: a model's name.
+        weights: torchvision's name of the weights to start from, which may want a size of their own.
+
+    Raises:
+        UserError: there is no such model or weights.
+    """
+    _check_name(name)
+    published = None if weights is None or _is_path(weights) else weights
+    if name in _registered or (published is None and _input_size_option(name)):
+        return DEFAULT_IMAGE_SIZE
+    chosen = _named_weights(name, published or "DEFAULT")
+    return int(getattr(chosen.transforms, "keywords", {}).get("crop_size", DEFAULT_IMAGE_SIZE))
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """Build a model on the CPU, in training mode: a pure function of the spec and of the file that it names.
+
+    Random weights come from torch's default generator seeded with ``spec.seed``, which is put back as it was.
+
+    Raises:
+        UserError: no such model or weights, weights that cannot be fetched or read, or that belong to another
+            model.
+    """
+    _check_name(spec.name)
+    for what, number, most in (
+        ("number of classes", spec.num_classes, MOST_CLASSES),
+        ("image size", spec.image_size or DEFAULT_IMAGE_SIZE, LARGEST_IMAGE),
+    ):
+        if not 1 <= number <= most:
+            raise UserError(f"the {what} must be from 1 to {most}, not {number}")
+    if spec.weights is None or spec.name in _registered or _is_path(spec.weights):
+        model = _build_random(spec)
+        if spec.weights is not None:
+            load_matching(model, load_state(Path(spec.weights)), spec, spec.weights)
+        return model.train()
+    pretrained = _build_pretrained(spec)
+    size = spec.image_size or default_image_size(spec.name, spec.weights)
+    if spec.num_classes == len(_named_weights(spec.name, spec.weights).meta["categories"]) and (
+        _input_size_option(spec.name) is None or size == default_image_size(spec.name, spec.weights)
+    ):
+        return pretrained.train()
+    transform_input = getattr(pretrained, "transform_input", False)
+    model = _build_random(spec, image_size=size, transform_input=transform_input)
+    load_matching(model, _resized(pretrained.state_dict(), spec, size), spec, spec.weights)
+    return model.train()
+
+
+def load_matching(model: nn.Module, state: Mapping[str, Tensor], spec: ModelSpec, source: str) -> None:
+    """Load a state dict into a model, all of it, but for a last layer that has another number of classes.
+
+    Args:
+        model: as built for ``spec``.
+        state: by parameter and buffer name. Auxiliary heads and a bottleneck's weights are passed over.
+        spec: what the model was built from.
+        source: the weights' name or path, for messages.
+
+    Raises:
+        UserError: names that differ, or shapes other than that of the last layer.
+    """
+    skipped = (*_AUXILIARY.get(spec.name, ()), BOTTLENECK_PREFIX)
+    given = {name: tensor for name, tensor in state.items() if not name.startswith(skipped)}
+    own = model.state_dict()
+    differing = [
+        f"{what} {_some(names)}"
+        for what, names in (
+            ("it lacks", own.keys() - given.keys()),
+            ("it has besides", given.keys() - own.keys()),
+        )
+        if names
+    ]
+    if differing:
+        raise UserError(f"{source} is not a state dict of {spec.name}: {'; '.join(differing)}")
+    misshapen = [name for name in own if own[name].shape != given[name].shape]
+    layers = {name.rpartition(".")[0] for name in misshapen}
+    is_classifier = len(layers) == 1 and all(
+        own[name].shape[1:] == given[name].shape[1:] and own[name].shape[0] == spec.num_classes
+        for name in misshapen
+    )
+    if misshapen and not is_classifier:
+        name = misshapen[0]
+        raise UserError(
+            f"{source} does not fit {spec.name}: {name} is {tuple(given[name].shape)} there and "
+            f"{tuple(own[name].shape)} here ({len(misshapen)} tensors differ)"
+        )
+    if misshapen:
+        _log.info("%s has another number of classes: %s starts anew", source, layers.pop())
+    model.load_state_dict({**given, **{name: own[name] for name in misshapen}}, strict=True)
+
+
+def _check_name(name: str) -> None:
+    names = list_models()
+    if name not in names:
+        close = difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.5)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise UserError(f"unknown model {name!r}{hint}; common.models.list_models() gives all {len(names)}")
+
+
+def _is_path(weights: str) -> bool:
+    return weights.endswith((".safetensors", ".pt", ".pth")) or "/" in weights
+
+
+def _named_weights(name: str, weights: str) -> Any:
+    choices = vision_models.get_model_weights(name)
+    short = weights.rpartition(".")[2]
+    if short not in choices.__members__:
+        exist = ", ".join(("DEFAULT", *(member.name for member in choices)))
+        raise UserError(
+            f"{name} has no weights {weights!r}; there are {exist}; or give a .safetensors or .pt file's path"
+        )
+    return choices[short]
+
+
+def _input_size_option(name: str) -> str | None:
+    """The builder's option for the image size, of models whose weights depend on it."""
+    return "image_size" if name.startswith("vit_") else "input_size" if name.startswith("maxvit") else None
+
+
+def _builder_options(spec: ModelSpec, image_size: int | None, transform_input: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if spec.name in _AUXILIARY:
+        options |= {"aux_logits": False, "transform_input": transform_input}
+        # Without the option torchvision warns; with it each layer takes a truncated normal, as published.
+        options |= {"init_weights": True}
+    option = _input_size_option(spec.name)
+    if option and image_size:
+        options[option] = image_size if option == "image_size" else (image_size, image_size)
+    return options
+
+
+def _build_random(
+    spec: ModelSpec, *, image_size: int | None = None, transform_input: bool = False
+) -> nn.Module:
+    with seeded(spec.seed, torch.device("cpu")), torch.device("cpu"):
+        if spec.name in _registered:
+            builder = _registered[spec.name]
+            return builder(num_classes=spec.num_classes)
+        options = _builder_options(spec, image_size or spec.image_size, transform_input)
+        try:
+            model = vision_models.get_model(spec.name, weights=None, num_classes=spec.num_classes, **options)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            size = image_size or spec.image_size
+            raise UserError(f"{spec.name} cannot be built for {size} px: {error}") from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _build_pretrained(spec: ModelSpec) -> nn.Module:
+    assert spec.weights is not None
+    chosen = _named_weights(spec.name, spec.weights)
+    options = {"aux_logits": False} if spec.name in _AUXILIARY else {}
+    try:
+        model = vision_models.get_model(spec.name, weights=chosen, progress=False, **options)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"the weights {spec.weights} of {spec.name} could not be fetched ({error}); "
+            f"download {chosen.url} elsewhere and give the file's path"
+        ) from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _resized(state: Mapping[str, Tensor], spec: ModelSpec, size: int) -> Mapping[str, Tensor]:
+    """Interpolate a vision transformer's position embeddings to the grid of another image size."""
+    if not spec.name.startswith("vit_"):
+        return state
+    patch = state["conv_proj.weight"].shape[-1]
+    resize = vision_models.vision_transformer.interpolate_embeddings
+    resized: Mapping[str, Tensor] = resize(size, patch, OrderedDict(state))
+    return resized
+
+
+def _some(names: Set[str]) -> str:
+    shown = sorted(names)[:3]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more

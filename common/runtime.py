@@ -1,0 +1,138 @@
+"""The process's own set-up, done before torch does any work: memory allocation, threads, and what it used.
+
+glibc gives memory of 32 MB and more back to the system when it is freed, and from threads other than the
+first nearly all of it: their arenas are cut into heaps of 64 MB. A training step frees and takes the same
+hundreds of megabytes again and again, so every step pays for new pages: up to a million page faults a step
+of MobileNetV2 (batch 64 at 224 px). `raise_malloc_thresholds` ends that; `benchmarks/cpu_compute.py`
+measures it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Final
+
+__all__ = [
+    "default_threads",
+    "peak_rss_bytes",
+    "prepare_process",
+    "raise_malloc_thresholds",
+    "rss_bytes",
+    "set_threads",
+]
+
+_log = logging.getLogger(__name__)
+
+# From malloc.h: each parameter, its number, the environment variable that also sets it, and our value.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_M_MMAP_MAX: Final = -4
+_M_ARENA_MAX: Final = -8
+_SETTINGS: Final = (
+    # One arena for all threads: it alone grows without heaps of 64 MB. First, before threads make their own.
+    (_M_ARENA_MAX, "MALLOC_ARENA_MAX", 1),
+    # Tensors below 1 GiB come from memory that is kept, and what is kept stays below 2 GiB.
+    (_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", 1 << 30),
+    (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", (1 << 31) - 1),
+)
+
+_SPINS: Final = "1000"  # some microseconds: about what waking a sleeping thread takes
+
+
+def prepare_process() -> None:
+    """Do what a process that computes should do first, before torch is imported and threads start."""
+    raise_malloc_thresholds()
+    wait_without_spinning()
+
+
+def wait_without_spinning() -> None:
+    """Let torch's threads sleep soon while they wait for each other, instead of keeping a core busy.
+
+    GNU OpenMP spins for milliseconds by default. That is free on cores of one's own; where anything else runs, the
+    spinning threads hold up the very ones that they wait for. Seen with both sides and other work on two cores:
+    4 samples/s with the default, 30 with this. A user's own OMP_WAIT_POLICY or GOMP_SPINCOUNT stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+def raise_malloc_thresholds() -> bool:
+    """Make glibc keep freed memory for the next tensor instead of giving it back to the system.
+
+    Call it first thing in a process, before threads start. A setting that the user has made by its
+    environment variable (`MALLOC_ARENA_MAX` and so on) stays as it is.
+
+    Returns:
+        Whether it took effect; False, with a line in the log, where the C library is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018  (musl has a mallopt that does nothing)
+    except (AttributeError, OSError, TypeError):
+        _log.info("memory allocation is left as it is: this is not glibc")
+        return False
+    mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+    for parameter, variable, value in _SETTINGS:
+        if variable in os.environ or mallopt(parameter, value):
+            continue
+        # Older glibc takes no mmap threshold above 32 MB: there, no tensor at all is mapped by itself.
+        if parameter != _M_MMAP_THRESHOLD or not mallopt(_M_MMAP_MAX, 0):
+            _log.info("glibc refuses to set %s", variable.rstrip("_"))
+            return False
+    return True
+
+
+def default_threads() -> int:
+    """Count the cores that this process may use: its affinity, and its control group's quota rounded up."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, -(-int(quota) // int(period))))  # "max", for no quota, is a ValueError
+    return cores
+
+
+def set_threads(count: int | None = None) -> int:
+    """Set how many threads one torch operation uses, in this thread and in those that first use torch later.
+
+    A thread that computes calls it for itself. torch's own default counts the machine's cores where a
+    container's quota allows fewer, and threads that wait for each other then run far slower than fewer would.
+
+    Args:
+        count: at least 1; None for `default_threads`.
+
+    Returns:
+        The count.
+
+    Raises:
+        ValueError: if count is less than 1.
+    """
+    import torch  # here, so that the rest can run before torch is loaded
+
+    threads = default_threads() if count is None else count
+    if threads < 1:
+        raise ValueError(f"torch needs at least 1 thread, not {threads}")
+    # A thread's first use of torch takes over the number last set anywhere: let that be now, then set ours.
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return threads
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has had resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def rss_bytes() -> int:
+    """Return the memory this process has resident now; where /proc is missing, the most it has had."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_rss_bytes()
+    return pages * resource.getpagesize()

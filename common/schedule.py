@@ -1,0 +1,211 @@
+"""The pipeline's schedule: who computes what next, decided by what has arrived.
+
+A step has five actions a chunk. Read down for the way of one chunk:
+
+    0F  edge   front forward
+    1F  cloud  middle forward
+    2T  edge   the turn: back forward, loss, back backward
+    1B  cloud  middle backward
+    0B  edge   front backward
+
+Four chunks at depth 4, when every action takes one tick and the link none (`..` is an idle tick):
+
+    edge   0F0 0F1 2T0 2T1 0B0 0B1 0F2 0F3 2T2 2T3 0B2 0B3
+    cloud  ..  1F0 1F1 1B0 1B1 ..  ..  1F2 1F3 1B2 1B3
+
+With a link that takes a tick each way, depth 2 leaves the edge waiting, depth 4 does not:
+
+    edge   0F0 0F1 ..  ..  2T0 2T1 ..  ..  0B0 0B1 0F2 0F3 ..  ..  2T2 2T3 ..  ..  0B2 0B3
+    cloud  ..  ..  1F0 1F1 ..  ..  1B0 1B1 ..  ..  ..  ..  1F2 1F3 ..  ..  1B2 1B3
+
+    edge   0F0 0F1 0F2 0F3 2T0 2T1 2T2 2T3 0B0 0B1 0B2 0B3
+    cloud  ..  ..  1F0 1F1 1F2 1F3 1B0 1B1 1B2 1B3
+
+Two rules:
+
+1. A ready backward goes before a forward: on the edge 0B, then 2T, then 0F; on the cloud 1B, then 1F. So
+   memory is freed before more is taken (one forward, one backward: PipeDream,
+   https://arxiv.org/abs/1806.03377).
+2. Each kind of action runs strictly in chunk order, whatever order messages come in. So BatchNorm statistics
+   and gradient sums meet their terms in the order of a plain loop over the chunks, and equal it bitwise.
+
+A schedule is a pure generator, one for each side, without torch, clocks or threads. `next(schedule)` gives
+the first action; `schedule.send(arrivals)` says "the last action is done, and these have arrived since" and
+gives the next `Action`, or `WAIT` when nothing can be done before something arrives. It returns when the
+side's part of the step is done. An arrival is named by the action it makes possible: the cloud's answer to
+`0F3` arrives at the edge as `2T3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, NamedTuple, TypeAlias
+
+__all__ = ["WAIT", "Action", "Schedule", "Wait", "cloud_schedule", "edge_schedule"]
+
+ACTIONS: Final = ("0F", "1F", "2T", "1B", "0B", "2F")
+"""Every kind of action, in the order a chunk meets them; `2F`, back forward, is evaluation's `2T`."""
+
+
+class Action(NamedTuple):
+    """One piece of compute: what `stage` does (`what`) to `chunk`. Prints as `0F3`.
+
+    Stages are 0 (front), 1 (middle) and 2 (back); `what` is F (forward), B (backward) or T (the turn).
+    """
+
+    stage: int
+    what: str
+    chunk: int
+
+    @property
+    def kind(self) -> str:
+        """Stage and verb without the chunk, such as `0F`."""
+        return f"{self.stage}{self.what}"
+
+    @property
+    def backward(self) -> bool:
+        """Whether what this action sends is a gradient, which goes before activations on the link."""
+        return self.what != "F"
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.chunk}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """Read what `str` prints.
+
+        Raises:
+            ValueError: if the text is no action.
+        """
+        kind, chunk = text[:2], text[2:]
+        if kind not in ACTIONS or not (chunk.isascii() and chunk.isdigit()):
+            raise ValueError(f"{text!r} is no action: write {', '.join(ACTIONS)} and a chunk, such as 0F3")
+        return cls(int(kind[0]), kind[1], int(chunk))
+
+
+class Wait(Enum):
+    """The type of `WAIT`."""
+
+    WAIT = "wait"
+
+
+WAIT: Final = Wait.WAIT
+"""Nothing can be done before something arrives."""
+
+Schedule: TypeAlias = Generator[Action | Wait, Iterable[Action] | None, None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Side:
+    """One side's part of a step.
+
+    Attributes:
+        kinds: its kinds of action, the most urgent first.
+        after: for each kind that needs a message, this side's own kind that the message answers, or None
+            where it answers nothing this side did.
+    """
+
+    kinds: tuple[str, ...]
+    after: Mapping[str, str | None]
+
+
+_EDGE: Final = _Side(kinds=("0B", "2T", "0F"), after={"2T": "0F", "0B": "2T"})
+_EDGE_EVALUATION: Final = _Side(kinds=("2F", "0F"), after={"2F": "0F"})
+_CLOUD: Final = _Side(kinds=("1B", "1F"), after={"1F": None, "1B": "1F"})
+_CLOUD_EVALUATION: Final = _Side(kinds=("1F",), after={"1F": None})
+
+
+def edge_schedule(chunks: int, depth: int, *, evaluate: bool = False) -> Schedule:
+    """Order the edge's part of one step: front and back.
+
+    Args:
+        chunks: how many chunks the batch is cut into, at least 1.
+        depth: the most chunks in flight, from the start of a chunk's `0F` to the end of its `0B` (in
+            evaluation of its `2F`), at least 1; more than `chunks` is the same as `chunks`.
+        evaluate: forward only: `0F` and `2F`.
+
+    Returns:
+        A generator as the module describes. It raises ValueError for an arrival that no action of this step
+        awaits: out of range, a second time, or before what it answers was done.
+
+    Raises:
+        ValueError: if chunks or depth is less than 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+    return _schedule(_EDGE_EVALUATION if evaluate else _EDGE, chunks, depth)
+
+
+def cloud_schedule(chunks: int, *, evaluate: bool = False) -> Schedule:
+    """Order the cloud's part of one step: the middle.
+
+    How many chunks are in flight is the edge's choice: the cloud computes what arrives.
+
+    Args:
+        chunks: how many chunks the batch is cut into, at least 1.
+        evaluate: forward only: `1F`.
+
+    Returns:
+        A generator as `edge_schedule` returns.
+
+    Raises:
+        ValueError: if chunks is less than 1.
+    """
+    return _schedule(_CLOUD_EVALUATION if evaluate else _CLOUD, chunks, chunks)
+
+
+def _schedule(side: _Side, chunks: int, depth: int) -> Schedule:
+    # Not itself a generator, so that bad arguments are refused here and not at the first `next`.
+    if chunks < 1:
+        raise ValueError(f"a step needs at least 1 chunk, not {chunks}")
+    return _run(side, chunks, depth)
+
+
+def _run(side: _Side, chunks: int, depth: int) -> Schedule:
+    done = dict.fromkeys(side.kinds, 0)  # kinds run in chunk order, so a count says which chunks
+    arrived: dict[str, set[int]] = {kind: set() for kind in side.after}
+    first, last = side.kinds[-1], side.kinds[0]
+
+    def ready(kind: str) -> bool:
+        chunk = done[kind]
+        if chunk == chunks:
+            return False
+        if kind in arrived:
+            return chunk in arrived[kind]
+        return done[first] - done[last] < depth
+
+    while done[last] < chunks:
+        kind = next(filter(ready, side.kinds), None)
+        action = None if kind is None else Action(int(kind[0]), kind[1], done[kind])
+        for arrival in (yield WAIT if action is None else action) or ():
+            _check(arrival, side, chunks, done, arrived, running=action)
+            arrived[arrival.kind].add(arrival.chunk)
+        if kind is not None:
+            done[kind] += 1
+
+
+def _check(
+    arrival: Action,
+    side: _Side,
+    chunks: int,
+    done: Mapping[str, int],
+    arrived: Mapping[str, set[int]],
+    *,
+    running: Action | None,
+) -> None:
+    """Raise ValueError for an arrival that this side does not await now."""
+    if arrival.kind not in side.after:
+        raise ValueError(f"{arrival} arrived, but only {', '.join(side.after)} can arrive here")
+    if not 0 <= arrival.chunk < chunks:
+        raise ValueError(f"{arrival} arrived, but the step has chunks 0 to {chunks - 1}")
+    if arrival.chunk in arrived[arrival.kind]:
+        raise ValueError(f"{arrival} arrived twice")
+    cause = side.after[arrival.kind]
+    # `running` ended in this very turn: its answer may be here already.
+    if cause is not None and arrival.chunk >= done[cause] + (running is not None and running.kind == cause):
+        raise ValueError(f"{arrival} arrived before {cause}{arrival.chunk} was done")

@@ -1,0 +1,238 @@
+"""One partition at work: forward and backward of chunks, inside a step that is applied or undone as a whole.
+
+A step on a stage is a transaction (DESIGN invariant 2)::
+
+    begin_step ── forward(chunk) / backward(chunk) … ── commit(scale)      weights, momenta, schedule move
+              └──────────────────────────────────────── rollback()         everything is as before begin_step
+
+The graph of a chunk lives from its forward to its backward. Both may be called for different chunks in any
+interleaving; each kind is called in chunk order, so that BatchNorm statistics and accumulated gradients are
+those of a plain loop over the chunks.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.optim import OptimSpec, apply_scale, build_optimizer, grad_norm_sq
+from common.seeding import derive_seed
+
+# torch's default generator is one per process, and a process may hold several stages (front and back on the
+# edge, many sessions on the cloud): whoever seeds it keeps it until its forward is done.
+_DEFAULT_GENERATOR = threading.Lock()
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block with torch's default generators seeded, and put them back as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with _DEFAULT_GENERATOR, torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+class Entry:
+    """An input of a chunk, and the gradient that comes back to it.
+
+    A leaf's ``.grad`` would not do: torch lays it out like the leaf, and the stage before has to meet the
+    gradient in the order in which the unsplit model would give it, or its operators round otherwise.
+
+    Args:
+        tensor: the input, detached.
+        needs_grad: whether a gradient of it is wanted.
+    """
+
+    def __init__(self, tensor: Tensor, needs_grad: bool) -> None:
+        self._tensor = tensor.requires_grad_(needs_grad)
+        self._gradient: Tensor | None = None
+
+    def enter(self) -> Tensor:
+        """Return the tensor as the partition takes it; call once, with gradients enabled."""
+        if not self._tensor.requires_grad:
+            return self._tensor
+        entered: Tensor = _Enter.apply(self._tensor, self)  # type: ignore[no-untyped-call]
+        return entered
+
+    def gradient(self) -> Tensor | None:
+        """Return the gradient, None for an input that needs none; zeros where its path to the loss is cut."""
+        if not self._tensor.requires_grad:
+            return None
+        return torch.zeros_like(self._tensor) if self._gradient is None else self._gradient
+
+    def keep(self, gradient: Tensor) -> None:
+        """Take the gradient; called by the backward pass."""
+        self._gradient = gradient
+
+
+class _Enter(torch.autograd.Function):
+    """The identity; its backward gives the gradient to the entry instead of to the leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, entry: Entry) -> Tensor:
+        ctx.entry = entry
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        ctx.entry.keep(gradients[0])
+        return None, None
+
+
+class Stage:
+    """A partition with its optimizer, its chunks in flight and its step transaction.
+
+    Args:
+        partition: the module; takes and returns a tuple of tensors.
+        part: ``front``, ``middle`` or ``back``: names the stage in seeds.
+        seed: the run's seed.
+        needs_grad: for each input, whether a gradient of it is wanted.
+        optim: what to train with; None for a stage that only evaluates.
+        device: where the partition is moved to.
+        memory_format: of weights and 4-D inputs.
+        amp: ``bf16`` or ``fp16`` autocast, or None.
+    """
+
+    def __init__(
+        self,
+        partition: nn.Module,
+        part: str,
+        *,
+        seed: int,
+        needs_grad: Sequence[bool],
+        optim: OptimSpec | None = None,
+        device: torch.device | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        amp: str | None = None,
+    ) -> None:
+        self.part = part
+        self.device = device or torch.device("cpu")
+        self._memory_format = memory_format
+        self.partition = partition.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
+        self._seed = seed
+        self._needs_grad = tuple(needs_grad)
+        self._amp = AMP_DTYPES[amp] if amp else None
+        self._chunks: dict[int, tuple[tuple[Entry, ...], tuple[Tensor, ...]]] = {}
+        self._saved_buffers: dict[str, Tensor] | None = None
+        self._buffers = {name: b for name, b in partition.named_buffers() if b is not None}
+        self._parameters = [p for p in partition.parameters() if p.requires_grad]
+        if optim is not None:
+            self.optimizer, self.scheduler = build_optimizer(optim, self._parameters)
+
+    @property
+    def chunks_in_flight(self) -> int:
+        """How many chunks have gone forward and not yet backward."""
+        return len(self._chunks)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next step will use."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def begin_step(self) -> None:
+        """Open the transaction: from here on, `rollback` brings back the present state."""
+        assert not self._chunks, f"{len(self._chunks)} chunks are still in flight"
+        self._saved_buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        self.partition.train()
+
+    def forward(self, step: int, chunk: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run a chunk forward and keep its graph for `backward`.
+
+        Returns:
+            The outputs, detached.
+        """
+        entries, outputs = self.forward_attached(step, chunk, inputs)
+        self._chunks[chunk] = (entries, outputs)
+        return tuple(t.detach() for t in outputs)
+
+    def forward_attached(
+        self, step: int, chunk: int, inputs: Sequence[Tensor]
+    ) -> tuple[tuple["Entry", ...], tuple[Tensor, ...]]:
+        """Run a chunk forward; returns (its inputs, outputs with their graph), and keeps nothing."""
+        entries = tuple(
+            Entry(self._place(tensor).detach(), needed)
+            for tensor, needed in zip(inputs, self._needs_grad, strict=True)
+        )
+        with seeded(derive_seed(self._seed, step, chunk, self.part), self.device), torch.enable_grad():
+            return entries, self._run(tuple(entry.enter() for entry in entries))
+
+    def evaluate(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run inputs forward in evaluation mode; nothing of the stage changes."""
+        self.partition.eval()
+        with torch.inference_mode():
+            return self._run(tuple(self._place(t) for t in inputs))
+
+    def backward(self, chunk: int, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Run a chunk backward; parameter gradients accumulate.
+
+        Args:
+            chunk: a chunk that went forward.
+            gradients: one for each output of its forward, in order; None for those that need none.
+
+        Returns:
+            The gradient of each input, None for those that need none.
+        """
+        entries, outputs = self._chunks.pop(chunk)
+        return self.backward_attached(entries, outputs, gradients)
+
+    def backward_attached(
+        self, entries: Sequence["Entry"], outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Run outputs of `forward_attached` backward; see `backward`."""
+        pairs = [
+            (out, None if grad is None else grad.to(device=out.device, dtype=out.dtype))
+            for out, grad in zip(outputs, gradients, strict=True)
+            if out.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
+        return tuple(entry.gradient() for entry in entries)
+
+    def grad_norm_sq(self) -> float:
+        """The sum of squares of the gradients accumulated in this step."""
+        return grad_norm_sq(self._parameters)
+
+    def commit(self, scale: float | None = None) -> None:
+        """Apply the step: scale the gradients if asked, then move weights and schedule."""
+        assert not self._chunks, f"{len(self._chunks)} chunks are still in flight"
+        if scale is not None:
+            apply_scale(self._parameters, scale)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._saved_buffers = None
+
+    def rollback(self) -> None:
+        """Undo the step under way: buffers as they were, no gradients, no chunks. Harmless outside a step."""
+        self._chunks.clear()
+        for parameter in self._parameters:
+            parameter.grad = None
+        if self._saved_buffers is not None:
+            with torch.no_grad():
+                for name, saved in self._saved_buffers.items():
+                    self._buffers[name].copy_(saved)
+            self._saved_buffers = None
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients accumulated so far, to undo a loss scale."""
+        apply_scale(self._parameters, factor)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        # Only what enters the model is laid out anew. What crosses a cut keeps the order in which the stage before
+        # made it: the unsplit model would not reorder it there, and operators round by the order they meet.
+        if self.part == "front" and tensor.dim() == 4 and tensor.is_floating_point():
+            return tensor.to(device=self.device, memory_format=self._memory_format)
+        return tensor.to(device=self.device)
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self._amp is None:
+            return tuple(self.partition(*inputs))
+        with torch.autocast(self.device.type, dtype=self._amp):
+            outputs = self.partition(*inputs)
+        # What leaves a stage is fp32, as the other side computes; codecs make it small again.
+        return tuple(t.float() if t.is_floating_point() else t for t in outputs)

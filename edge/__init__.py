@@ -1,0 +1,1 @@
+"""The edge: the client, the trainer, data sets and the command line."""

@@ -1,0 +1,154 @@
+"""The command ``edge-client``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from common.choices import AMP, MEMORY_FORMATS, OPTIMIZERS, SCHEDULES
+from common.command import run_cli, run_command
+from edge.config import DEFAULT_PORT, TrainConfig
+
+_DEFAULTS = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+
+
+def _option(name: str, help: str, **settings: Any) -> Any:
+    """Make an option whose default is that of `TrainConfig`'s field of the same name."""
+    field = settings.pop("field", name.removeprefix("--").replace("-", "_"))
+    default = settings.pop("default", _DEFAULTS[field])
+    return click.option(name, field, default=default, show_default=default is not None, help=help, **settings)
+
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+_TRAIN_OPTIONS = (
+    _option("--model", "A torchvision classifier's name, or a registered model's."),
+    _option("--weights", "Pretrained weights by torchvision's name (DEFAULT), or a state-dict file."),
+    _option(
+        "--cut",
+        "A cut point; give two.  [default: the model's preset]",
+        field="cuts",
+        multiple=True,
+        default=None,
+    ),
+    _option("--data", "digits, cifar10 or another set of torchvision's, or folder:PATH."),
+    _option("--data-root", "Where downloaded data sets lie.", type=click.Path(path_type=Path)),
+    _option("--image-size", "Side of the images in pixels.  [default: the model's own]", type=int),
+    _option("--num-classes", "Outputs of the classifier.  [default: the data set's]", type=int),
+    _option(
+        "--compress",
+        "What to compress with, such as conv+int8. Repeat as WHERE=SPEC to set a cut (cut1, cut2), a direction "
+        "(act, grad) or both (cut1.grad) apart.",
+        metavar="[WHERE=]SPEC",
+        multiple=True,
+    ),
+    _option("--batch-size", "Samples a step.", type=int),
+    _option("--chunks", "Micro-batches a step.", type=int),
+    _option("--depth", "Most chunks in flight.  [default: chosen from what the first steps take]", type=int),
+    _option("--epochs", "Passes over the training set.", type=int),
+    _option("--steps", "Steps in all, instead of epochs.", type=int),
+    _option("--seed", "Of weights, order, augmentation, dropout and rounding.", type=int),
+    _option("--optimizer", "What trains.", type=click.Choice(OPTIMIZERS)),
+    _option("--lr", "Learning rate.  [default: 0.02 for sgd, 0.001 for adamw]", type=float),
+    _option("--momentum", "Of SGD.", type=float),
+    _option("--weight-decay", "As the optimizer means it.", type=float),
+    _option(
+        "--schedule",
+        "How the learning rate goes on after the warm-up.",
+        type=click.Choice(SCHEDULES),
+    ),
+    _option("--warmup-steps", "Steps to reach the full learning rate.", type=int),
+    _option("--power", "Of the polynomial schedule.", type=float),
+    _option("--clip-norm", "Largest gradient norm over the whole model.", type=float),
+    _option("--amp", "Mixed precision on the server.", type=click.Choice(AMP)),
+    _option(
+        "--memory-format",
+        "Layout of images in memory; auto measures.",
+        type=click.Choice(MEMORY_FORMATS),
+    ),
+    _option("--threads", "Threads for computing.  [default: one a core]", type=int),
+    click.option(
+        "--augment/--no-augment", default=True, show_default=True, help="Flip and crop training images."
+    ),
+    _option("--train-limit", "Use only so many training images.", type=int),
+    _option("--test-limit", "Use only so many test images.", type=int),
+    _option("--eval-every", "Evaluate every so many steps; 0 for never.  [default: every epoch]", type=int),
+    _option("--save", "Write the trained model here (safetensors).", type=_FILE),
+    _option("--metrics", "Write JSON lines here.", type=_FILE),
+    _option("--trace", "Write a timeline of both sides here (Chrome trace format).", type=_FILE),
+    click.option(
+        "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers models."
+    ),
+    click.option("--cpu", is_flag=True, help="Compute on the CPU, as the edge always does."),
+    click.option("--debug", is_flag=True, help="Show tracebacks."),
+)
+
+
+def _with_options(command: Any) -> Any:
+    for option in reversed(_TRAIN_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(
+    "edge-client",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    subcommand_metavar="[COMMAND]",
+)
+@click.option("--server", metavar="HOST:PORT", help=f"The cloud server.  [default port: {DEFAULT_PORT}]")
+@_with_options
+@click.pass_context
+def cli(context: click.Context, /, **options: Any) -> None:
+    r"""Train a model whose middle is computed by a cloud server; data and labels stay here.
+
+    \b
+        edge-client --server HOST:PORT --compress conv
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if options["server"] is None:
+        raise click.UsageError(
+            "say where the server is: --server HOST:PORT; or try edge-client demo", context
+        )
+    _train(options)
+
+
+@cli.command()
+@_with_options
+def demo(**options: Any) -> None:
+    """Train on loopback with a server of its own: a first look, and a check that all works."""
+    given = click.get_current_context().get_parameter_source
+    fitting = {name: value for name, value in _DEMO.items() if given(name) is ParameterSource.DEFAULT}
+    _train({**options, **fitting, "server": "127.0.0.1:1"}, own_server=True)
+
+
+_DEMO: dict[str, Any] = {
+    "image_size": 96,
+    "compress": ("conv",),
+    "epochs": 3,
+    "lr": 0.05,
+    "schedule": "cosine",
+}
+
+
+def _train(options: dict[str, Any], *, own_server: bool = False) -> None:
+    debug, modules = options.pop("debug"), options.pop("modules")
+    options.pop("cpu")
+    options["cuts"] = tuple(options["cuts"] or ())
+    options["compress"] = tuple(options["compress"])
+
+    def work() -> None:
+        from common.imports import import_modules
+        from edge.command import train_command
+
+        import_modules(modules)
+        train_command(TrainConfig(**options), own_server=own_server, modules=modules)
+
+    run_command(work, debug=debug)
+
+
+def main() -> None:
+    """Run the console script."""
+    run_cli(cli)

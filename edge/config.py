@@ -1,0 +1,155 @@
+"""What to train, on what, and how: everything that the command line and the Python API can set."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.choices import AMP, MEMORY_FORMATS
+from common.errors import UserError
+
+DEFAULT_PORT = 7433
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run; each is an option of ``edge-client`` of the same name.
+
+    Attributes:
+        server: ``HOST:PORT`` of the cloud server.
+        model: a name from torchvision's classifiers, or a registered one.
+        weights: torchvision's name of pretrained weights, a state-dict file, or None for random ones.
+        cuts: the two cut points; empty for the model's preset.
+        data: a data set's name, or ``folder:PATH``.
+        data_root: where downloaded data sets lie.
+        image_size: side of the images in pixels; None for the model's own.
+        num_classes: of the classifier; None for the data set's.
+        compress: values of ``--compress``; one of them may stand without a tuple.
+        batch_size: samples a step.
+        chunks: micro-batches a step.
+        depth: most chunks in flight; None to choose it from what the first steps take.
+        epochs: passes over the training set; ignored where `steps` is given.
+        steps: steps in all.
+        seed: of weights, order, augmentation, dropout and rounding.
+        optimizer: ``sgd`` or ``adamw``.
+        lr: learning rate; None for the optimizer's default here.
+        momentum: of SGD.
+        weight_decay: as the optimizer means it.
+        schedule: ``constant``, ``linear``, ``cosine`` or ``polynomial``.
+        warmup_steps: steps to reach the full learning rate.
+        power: of the polynomial schedule.
+        clip_norm: largest global gradient norm; None for no clipping.
+        amp: ``none``, ``bf16`` or ``fp16`` on the server.
+        memory_format: ``auto``, ``contiguous`` or ``channels_last``.
+        threads: torch's threads; None for one a core.
+        augment: flip and crop the training images.
+        train_limit: use only so many training samples.
+        test_limit: use only so many test samples.
+        eval_every: evaluate every so many steps; None for the end of each epoch; 0 for never.
+        save: where the trained model goes.
+        metrics: where JSON lines go.
+        trace: where the timeline goes.
+    """
+
+    server: str
+    model: str = "mobilenet_v2"
+    weights: str | None = None
+    cuts: tuple[str, ...] = ()
+    data: str = "digits"
+    data_root: Path | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    compress: tuple[str, ...] | str = ("none",)
+    batch_size: int = 64
+    chunks: int = 8
+    depth: int | None = None
+    epochs: int = 1
+    steps: int | None = None
+    seed: int = 0
+    optimizer: str = "sgd"
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    power: float = 1.0
+    clip_norm: float | None = None
+    amp: str = "none"
+    memory_format: str = "auto"
+    threads: int | None = None
+    augment: bool = True
+    train_limit: int | None = None
+    test_limit: int | None = None
+    eval_every: int | None = None
+    save: Path | None = None
+    metrics: Path | None = None
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without data, model or server.
+
+        Raises:
+            UserError: what is wrong, and what would be right.
+        """
+        parse_address(self.server)
+        if isinstance(self.compress, str):
+            object.__setattr__(self, "compress", (self.compress,))
+        if len(self.cuts) not in (0, 2):
+            raise UserError(
+                f"a model is cut at two points, not {len(self.cuts)}: give --cut twice, or not at all"
+            )
+        for name, value, low in (
+            ("batch-size", self.batch_size, 1),
+            ("chunks", self.chunks, 1),
+            ("epochs", self.epochs, 1),
+            ("steps", self.steps, 1),
+            ("depth", self.depth, 1),
+            ("threads", self.threads, 1),
+            ("image-size", self.image_size, 1),
+            ("num-classes", self.num_classes, 1),
+            ("train-limit", self.train_limit, 1),
+            ("test-limit", self.test_limit, 1),
+            ("eval-every", self.eval_every, 0),
+            ("seed", self.seed, 0),
+        ):
+            if value is not None and value < low:
+                raise UserError(f"--{name} must be at least {low}, not {value}")
+        if self.batch_size < self.chunks:
+            raise UserError(
+                f"a batch of {self.batch_size} cannot be cut into {self.chunks} chunks: "
+                f"give --chunks {self.batch_size} or fewer, or a larger --batch-size"
+            )
+        if self.amp not in AMP:
+            raise UserError(f"--amp must be one of {', '.join(AMP)}, not {self.amp!r}")
+        if self.memory_format not in MEMORY_FORMATS:
+            raise UserError(
+                f"--memory-format must be one of {', '.join(MEMORY_FORMATS)}, not {self.memory_format!r}"
+            )
+        for option, path in (("save", self.save), ("trace", self.trace)):
+            if path is not None and (path.is_dir() or not path.parent.is_dir()):
+                raise UserError(f"--{option} {path}: {_why_not(path)}")
+
+    def at(self, server: str) -> "TrainConfig":
+        """Return the same settings for another server."""
+        return replace(self, server=server)
+
+
+def _why_not(path: Path) -> str:
+    return (
+        "is a directory; name a file"
+        if path.is_dir()
+        else f"there is no directory {path.parent}; create it first"
+    )
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Split ``HOST:PORT``, ``[IPV6]:PORT`` or ``HOST`` (the default port).
+
+    Raises:
+        UserError: what an address looks like.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        host, port = text, str(DEFAULT_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise UserError(f"--server {text!r} is no address; give HOST:PORT, such as 10.0.0.5:{DEFAULT_PORT}")
+    return host, int(port)

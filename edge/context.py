@@ -1,0 +1,130 @@
+"""What every pass over the data works with, and how it is scored."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from common.lanes import Lanes
+from common.memory_format import FORMATS
+from common.partition import Split
+from common.propagate import TensorInfo
+from common.stage import Stage
+from edge.job import Job
+from edge.link import Link
+from wire.streams import StreamDecoder, StreamEncoder
+
+
+@dataclass(kw_only=True)
+class Score:
+    """Losses and hits, added up chunk by chunk.
+
+    Attributes:
+        loss_sum: sum of the losses of the samples.
+        correct: samples whose largest logit was the label's.
+        samples: how many there were.
+    """
+
+    loss_sum: float = 0.0
+    correct: int = 0
+    samples: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean over the samples."""
+        return self.loss_sum / self.samples
+
+    @property
+    def accuracy(self) -> float:
+        """The share of samples that were right."""
+        return self.correct / self.samples
+
+    def add(self, mean_loss: float, logits: Tensor, labels: Tensor) -> None:
+        """Count one chunk."""
+        self.loss_sum += mean_loss * len(labels)
+        self.correct += int((logits.argmax(dim=1) == labels).sum())
+        self.samples += len(labels)
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What every pass works with.
+
+    Attributes:
+        link: an open job.
+        front: the first partition.
+        back: the last partition.
+        parts: which tensor goes where.
+        codecs: the codec chain of each stream.
+        lanes: compute, encode and decode threads.
+        seed: the run's seed.
+        max_bytes: the largest tensor that a chunk may bring.
+        encoders: of training, by cut: activations at cut 1, gradients at cut 2.
+        decoders: of training, by cut: gradients at cut 1, activations at cut 2.
+    """
+
+    link: Link
+    front: Stage
+    back: Stage
+    parts: Split
+    codecs: dict[str, str]
+    lanes: Lanes
+    seed: int
+    max_bytes: int
+    encoders: dict[int, StreamEncoder] = field(init=False)
+    decoders: dict[int, StreamDecoder] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the streams of training."""
+        self.encoders = {1: self.encoder("cut1.act"), 2: self.encoder("cut2.grad")}
+        self.decoders = {1: self.decoder("cut1.grad"), 2: self.decoder("cut2.act")}
+
+    def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
+        """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
+        infos = self.parts.cut1 if cut == 1 else self.parts.cut2
+        return [info for info in infos if info.requires_grad or not gradients]
+
+    def back_inputs(self, arrived: tuple[Tensor, ...], held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Join what crossed cut 2 with what the front kept for the back."""
+        return self.parts.back_inputs(arrived, held) if self.parts.kept else arrived
+
+    def encoder(self, stream: str) -> StreamEncoder:
+        """Make an encoder with fresh state for a stream of `common.spec.STREAMS`."""
+        return StreamEncoder(self.codecs[stream], gradient=stream.endswith("grad"))
+
+    def decoder(self, stream: str) -> StreamDecoder:
+        """Make a decoder with fresh state for a stream of `common.spec.STREAMS`."""
+        return StreamDecoder(self.codecs[stream], gradient=stream.endswith("grad"), max_bytes=self.max_bytes)
+
+
+def build_context(job: Job, link: Link, lanes: Lanes, memory_format: str) -> Context:
+    """Put front and back to work; the middle's memory is given up.
+
+    Args:
+        job: what was prepared.
+        link: with the job open on it.
+        lanes: compute, encode and decode threads.
+        memory_format: the server's choice.
+    """
+    parts, spec = job.parts, job.spec
+    parts.middle.free()
+
+    def stage(part: str, needs_grad: list[bool]) -> Stage:
+        return Stage(
+            parts.partitions[part],
+            part,
+            seed=spec.seed,
+            needs_grad=needs_grad,
+            optim=spec.optim,
+            memory_format=FORMATS[memory_format],
+        )
+
+    return Context(
+        link=link,
+        front=stage("front", [False for _ in parts.inputs]),
+        back=stage("back", [info.requires_grad for info in (*parts.cut2, *parts.kept)]),
+        parts=parts,
+        codecs=dict(spec.codecs),
+        lanes=lanes,
+        seed=spec.seed,
+        max_bytes=max(info.dense_bytes(spec.chunk_size) for info in (*parts.cut1, *parts.cut2)),
+    )

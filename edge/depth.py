@@ -1,0 +1,114 @@
+"""How many chunks to keep in flight, chosen from what the first steps took.
+
+Too few leave the link idle while chunks travel; each one more holds its activations in memory on both sides.
+The schedule's simulator says, from measured costs, how few are enough. The choice changes no result.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from common.cost import ChunkCost, Message, StepModel
+from common.cost import Link as LinkCost
+from common.lanes import COMPUTE, DECODE, ENCODE
+from common.simulator import best_depth
+from edge.busy import number
+
+WARM_UP_STEPS = 2
+"""Steps before the choice; the first one pays for what is made once, and the last one is measured."""
+
+FIRST_DEPTH = 4
+"""Chunks in flight until then."""
+
+Means = Mapping[str, Mapping[str, float]]
+"""Mean seconds by lane (`compute`, `encode`, `decode`) and kind of action."""
+
+# Of each kind of message: the kind of action that decoding it makes possible.
+_ANSWERS = {"0F": "1F", "1F": "2T", "2T": "1B", "1B": "0B"}
+
+
+class DepthTuner:
+    """Chooses the depth of each step.
+
+    Args:
+        chunks: chunks a step.
+        fixed: the depth to use instead of choosing, or None.
+    """
+
+    def __init__(self, chunks: int, fixed: int | None) -> None:
+        self._chunks = chunks
+        self._steps = 0
+        self._chosen = fixed is not None
+        self.depth = min(chunks, FIRST_DEPTH if fixed is None else fixed)
+
+    @property
+    def wants_measurements(self) -> bool:
+        """Whether the step just made is the one to measure."""
+        return not self._chosen and self._steps == WARM_UP_STEPS
+
+    def stepped(self) -> None:
+        """A step was made."""
+        self._steps += 1
+
+    def choose(self, model: StepModel) -> int:
+        """Choose, once; returns the depth."""
+        self._chosen = True
+        self.depth = best_depth(model)
+        return self.depth
+
+
+def measured_model(
+    *,
+    chunks: int,
+    edge: Means,
+    cloud: Mapping[str, Any],
+    sizes: Mapping[str, float],
+    up_bit_s: float,
+    rtt_s: float,
+    shared_cores: bool,
+) -> StepModel:
+    """Build the simulator's model of a step from what was measured.
+
+    Args:
+        chunks: chunks a step.
+        edge: the edge's means.
+        cloud: what the cloud says of its step: `mean_s`, `sizes` and `rate_bit_s`.
+        sizes: mean bytes of a message of the edge's, by the kind of action that it follows.
+        up_bit_s: what the link has taken from the edge, in bit/s.
+        rtt_s: round-trip time of the link.
+        shared_cores: whether both sides compute on the same machine.
+    """
+
+    def seconds(means: object, lane: str, kind: str) -> float:
+        of_lane = means.get(lane) if isinstance(means, Mapping) else None
+        return number(of_lane.get(kind)) if isinstance(of_lane, Mapping) else 0.0
+
+    def message(kind: str) -> Message:
+        of_cloud = kind[0] == "1"
+        sender, receiver = (cloud_means, edge) if of_cloud else (edge, cloud_means)
+        of_sender = cloud.get("sizes") if of_cloud else sizes
+        return Message(
+            size_bytes=round(number(of_sender.get(kind))) if isinstance(of_sender, Mapping) else 0,
+            encode_s=seconds(sender, ENCODE, kind),
+            decode_s=seconds(receiver, DECODE, _ANSWERS[kind]),
+        )
+
+    cloud_means = cloud.get("mean_s")
+    cost = ChunkCost(
+        seconds={
+            **{kind: seconds(edge, COMPUTE, kind) for kind in ("0F", "2T", "0B")},
+            **{kind: seconds(cloud_means, COMPUTE, kind) for kind in ("1F", "1B")},
+        },
+        messages={kind: message(kind) for kind in _ANSWERS},
+    )
+    link = LinkCost(
+        up_bit_s=_rate(up_bit_s),
+        down_bit_s=_rate(number(cloud.get("rate_bit_s"))),
+        delay_s=max(rtt_s, 0.0) / 2,
+    )
+    return StepModel.even(cost, chunks, link, shared_cores=shared_cores)
+
+
+def _rate(bit_s: float) -> float:
+    """Return a rate that can be calculated with: nothing measured means nothing that bounds."""
+    return bit_s if math.isfinite(bit_s) and bit_s > 0 else 1e15

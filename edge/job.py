@@ -1,0 +1,157 @@
+"""What a run starts from on the edge: data, the model cut in three, and the job to ask the server for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from common.bottleneck import with_bottleneck
+from common.errors import UserError
+from common.models import ModelSpec, build_model, default_image_size
+from common.optim import OptimSpec
+from common.partition import Split, image_input, preset_cuts, split
+from common.spec import STREAMS, JobSpec
+from common.weights import partition_state, state_digest
+from edge.compress import parse_compress
+from edge.config import TrainConfig
+from edge.data.datasets import Dataset, open_dataset
+from edge.data.loader import batch_count
+from wire.messages import Ready
+
+DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that is settled before the first message.
+
+    Attributes:
+        config: what was asked for.
+        dataset: the data.
+        image_size: side of the images in pixels.
+        model: what model it is.
+        parts: the model cut in three, bottlenecks in place.
+        initial_state: the names of the whole model's state in order; data only of what no partition uses.
+        spec: what to ask the server for.
+        total_steps: steps to make.
+    """
+
+    config: TrainConfig
+    dataset: Dataset
+    image_size: int
+    model: ModelSpec
+    parts: Split
+    initial_state: Mapping[str, Tensor]
+    spec: JobSpec
+    total_steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one pass over the training set."""
+        return batch_count(len(self.dataset.train), self.config.batch_size)
+
+    def middle_state(self) -> dict[str, Tensor]:
+        """The middle's initial state, as the server must have it."""
+        return partition_state(self.parts.middle)
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Open the data, build and cut the model, and write the job down.
+
+    Raises:
+        UserError: anything in the settings that does not exist or does not fit.
+        SpecError: a ``--compress`` that does not parse.
+    """
+    compression = parse_compress(config.compress)
+    dataset = open_dataset(
+        config.data,
+        seed=config.seed,
+        root=config.data_root,
+        train_limit=config.train_limit,
+        test_limit=config.test_limit,
+        download=True,
+    )
+    num_classes = config.num_classes or len(dataset.classes)
+    if num_classes < len(dataset.classes):
+        raise UserError(
+            f"--num-classes {num_classes} is too few: {dataset.name} has {len(dataset.classes)} classes"
+        )
+    model_spec = ModelSpec(
+        name=config.model,
+        num_classes=num_classes,
+        weights=config.weights,
+        seed=config.seed,
+        image_size=config.image_size,
+    )
+    model = build_model(model_spec)
+    image_size = config.image_size or default_image_size(config.model, _torchvision_weights(config.weights))
+    cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model)
+    parts = with_bottleneck(
+        split(model, cuts, image_input(image_size)), compression.bottlenecks, seed=config.seed
+    )
+    used = {name for part in parts.partitions.values() for name in part.state_dict()}
+    initial_state = {
+        name: tensor.to("meta") if name in used else tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
+    total_steps = config.steps or config.epochs * batch_count(len(dataset.train), config.batch_size)
+    spec = JobSpec(
+        model=ModelSpec(
+            name=config.model,
+            num_classes=num_classes,
+            weights=_torchvision_weights(config.weights),
+            seed=config.seed,
+            image_size=image_size,
+        ),
+        cuts=cuts,
+        bottlenecks=compression.bottlenecks,
+        codecs={stream: compression.codecs[stream] for stream in STREAMS},
+        optim=OptimSpec(
+            name=config.optimizer,
+            lr=DEFAULT_LR.get(config.optimizer, 1e-3) if config.lr is None else config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps,
+            total_steps=total_steps,
+            power=config.power,
+            clip_norm=config.clip_norm,
+        ),
+        seed=config.seed,
+        chunks=config.chunks,
+        chunk_size=-(-config.batch_size // config.chunks),
+        in_flight=config.chunks,
+        memory_format=config.memory_format,
+        amp=config.amp,
+        digest=state_digest(partition_state(parts.middle)),
+        trace=config.trace is not None,
+    )
+    return Job(
+        config=config,
+        dataset=dataset,
+        image_size=image_size,
+        model=model_spec,
+        parts=parts,
+        initial_state=initial_state,
+        spec=spec,
+        total_steps=total_steps,
+    )
+
+
+def _torchvision_weights(weights: str | None) -> str | None:
+    """Keep a name that the server can look up itself; a path is this machine's own."""
+    is_path = weights is not None and (
+        Path(weights).suffix in (".safetensors", ".pt", ".pth") or "/" in weights
+    )
+    return None if is_path else weights
+
+
+def describe(job: Job, ready: Ready) -> str:
+    """Say in one line what is about to be trained, and where."""
+    spec, dataset = job.spec, job.dataset
+    return (
+        f"{spec.model.name} on {dataset.name} ({len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{len(dataset.classes)} classes, {job.image_size} px), cut after {spec.cuts[0]} and {spec.cuts[1]}, "
+        f"compress {' '.join(job.config.compress)}; the server computes on {ready.device} ({ready.memory_format})"
+    )

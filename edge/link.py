@@ -1,0 +1,155 @@
+"""The edge's end of a job: opens it, sorts what comes back, keeps track of commits."""
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+
+from torch import Tensor
+
+from common.groups import first_error
+from common.spec import JobSpec
+from common.trace import Tracer
+from common.traffic import Sent
+from wire.errors import RemoteProtocolError, WireError
+from wire.messages import (
+    Backward,
+    Commit,
+    Committed,
+    Fetch,
+    Forward,
+    Message,
+    Open,
+    Ready,
+    Weights,
+)
+from wire.streams import WeightsReceiver, weights_messages
+from wire.transport import Connection, SendReceipt, connect
+
+OnTensors = Callable[[Forward | Backward], None]
+OnCommitted = Callable[[Committed], None]
+
+
+class Link:
+    """An open connection with a job on it. Made by `open_link`."""
+
+    def __init__(self, connection: Connection, tracer: Tracer, tasks: asyncio.TaskGroup) -> None:
+        self.connection = connection
+        self.sent = Sent()
+        self._tracer = tracer
+        self._tasks = tasks
+        self.on_tensors: OnTensors | None = None
+        self.on_committed: OnCommitted | None = None
+        self._committing: asyncio.Future[None] | None = None
+        self._committing_step = -1
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._fetching: WeightsReceiver | None = None
+        self._fetched: asyncio.Future[dict[str, Tensor]] | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server runs on this very machine, and so shares its cores."""
+        host = self.connection.peer.rpartition(":")[0].strip("[]").partition("%")[0]
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+    async def open(self, spec: JobSpec, middle_state: Callable[[], Mapping[str, Tensor]]) -> Ready:
+        """Ask for a job; send the middle's weights if the server cannot make the same.
+
+        Raises:
+            PeerError: the server refuses; its message says why.
+        """
+        await self.send(Open(spec=spec.to_map()))
+        ready = await self._ready
+        if ready.need_weights:
+            for piece in weights_messages(middle_state()):
+                await (await self.connection.send(piece))  # to the end: steps would overtake queued weights
+        return ready
+
+    async def send(self, message: Message, *, name: str = "") -> None:
+        """Queue a message; waits while the queue is full. `name` is what the trace shows."""
+        receipt = await self.connection.send(message)
+        if name:
+            self._tasks.create_task(self._time(name, receipt))
+
+    async def _time(self, name: str, receipt: SendReceipt) -> None:
+        await receipt
+        if receipt.start_ns is not None and receipt.end_ns is not None:
+            self.sent.add(name, receipt.size, (receipt.end_ns - receipt.start_ns) / 1e9)
+            self._tracer.record("send", name, receipt.start_ns, receipt.end_ns, bytes=receipt.size)
+
+    async def commit(self, message: Commit) -> None:
+        """Send a commit, once the one before is confirmed; `confirmed` waits for its answer."""
+        await self.confirmed()
+        self._committing = asyncio.get_running_loop().create_future()
+        self._committing_step = message.step
+        await self.send(message)
+
+    async def confirmed(self) -> None:
+        """Wait until the server has applied the last committed step, if any."""
+        if self._committing is not None:
+            await self._committing
+            self._committing = None
+
+    async def fetch_middle(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fetch the middle's state; `like` has its names, dtypes and shapes."""
+        await self.confirmed()
+        self._fetching = WeightsReceiver(like)
+        self._fetched = asyncio.get_running_loop().create_future()
+        await self.send(Fetch(what="weights"))
+        return await self._fetched
+
+    async def receive_forever(self) -> None:
+        """Sort incoming messages until cancelled.
+
+        Raises:
+            WireError: the link failed, or the server sent what nobody asked for.
+        """
+        while True:
+            self._take(await self.connection.receive())
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Forward() | Backward() if self.on_tensors is not None:
+                self.on_tensors(message)
+            case Committed() if self._committing is not None and message.step == self._committing_step:
+                if self.on_committed is not None:
+                    self.on_committed(message)
+                if not self._committing.done():
+                    self._committing.set_result(None)
+            case Ready() if not self._ready.done():
+                self._ready.set_result(message)
+            case Weights() if self._fetching is not None and self._fetched is not None:
+                state = self._fetching.take(message)
+                if state is not None:
+                    self._fetched.set_result(state)
+                    self._fetching = None
+            case _:
+                raise RemoteProtocolError(f"the server sent {message.kind}, which nothing asked for")
+
+
+@asynccontextmanager
+async def open_link(host: str, port: int, tracer: Tracer) -> AsyncIterator[Link]:
+    """Connect, and receive in the background while the block runs; close cleanly after it.
+
+    Raises:
+        ConnectFailed: nobody there, or not an Isthmus server.
+        WireError: the link failed while the block ran; the block is cancelled.
+    """
+    connection = await connect(host, port)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            link = Link(connection, tracer, tasks)
+            receiving = tasks.create_task(link.receive_forever())
+            yield link
+            receiving.cancel()
+    except BaseExceptionGroup as group:
+        connection.abort()
+        raise first_error(group, WireError) from None
+    except BaseException:
+        connection.abort()
+        raise
+    else:
+        await connection.close("done")

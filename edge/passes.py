@@ -1,0 +1,247 @@
+"""One pass of chunks through the split model: a training step's, or an evaluation's.
+
+A pass performs the edge's actions as the schedule says, sends what each gives and files what arrives.
+"""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from common.driver import Driver
+from common.errors import TrainingStopped
+from common.lanes import COMPUTE, DECODE, ENCODE
+from common.schedule import Action, Schedule
+from common.seeding import derive_seed
+from edge.context import Context, Score
+from wire.errors import CorruptPayload, RemoteProtocolError
+from wire.messages import Backward, Forward
+from wire.streams import Encodings, chunk_message
+
+T = TypeVar("T")
+
+FetchChunk = Callable[[int], Awaitable[tuple[Tensor, Tensor]]]
+"""Gives chunk i of an evaluation: images ``[n, C, H, W]`` and labels ``[n]``."""
+
+
+class Pass:
+    """Performs actions, sends their results, files arrivals. Subclasses say what each action computes.
+
+    Args:
+        context: what to work with.
+        step: the number that messages carry.
+    """
+
+    evaluate = False
+
+    def __init__(self, context: Context, step: int) -> None:
+        self.context = context
+        self.step = step
+        self.score = Score()
+        self.arrived: dict[Action, tuple[Tensor, ...]] = {}
+        self.held: dict[int, tuple[Tensor, ...]] = {}  # what the front keeps for the back, by chunk
+        self.encoders = context.encoders
+        self.decoders = context.decoders
+        self._tasks: asyncio.TaskGroup
+        self._driver: Driver
+
+    async def run(self, schedule: Schedule) -> None:
+        """Perform a schedule to its end.
+
+        Raises:
+            ExceptionGroup: of what failed first and what that broke.
+        """
+        link = self.context.link
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._driver = Driver(schedule, self._perform)
+                link.on_tensors = self._take
+                await self._driver.run()
+        finally:
+            link.on_tensors = None
+
+    def samples(self, chunk: int) -> int:
+        """Return how many samples a chunk has."""
+        raise NotImplementedError
+
+    def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
+        """Return the action that a message makes possible, and the cut that it came through."""
+        raise NotImplementedError
+
+    async def _perform(self, action: Action) -> None:
+        raise NotImplementedError
+
+    async def compute(self, action: Action, work: Callable[..., T], *args: object) -> T:
+        """Run an action's work on the compute lane."""
+        return await self.context.lanes.run(COMPUTE, str(action), work, *args)
+
+    def _take(self, message: Forward | Backward) -> None:
+        if message.step != self.step:
+            raise RemoteProtocolError(f"{message.kind} of step {message.step} came in step {self.step}")
+        action, cut = self.incoming(message)
+        decoding = self.context.lanes.run(DECODE, str(action), self._decode, message, cut)
+        self._tasks.create_task(self._arrive(action, decoding))
+
+    def _decode(self, message: Forward | Backward, cut: int) -> tuple[Tensor, ...]:
+        infos = self.context.crossing(cut, gradients=isinstance(message, Backward))
+        tensors = self.decoders[cut].decode(message, [info.name for info in infos])
+        for info, tensor in zip(infos, tensors.values(), strict=True):
+            expected = info.batched(self.samples(message.chunk))
+            if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, expected):
+                raise CorruptPayload(
+                    f"{info.name} came as {tensor.dtype} {list(tensor.shape)}, not {info.dtype} {list(expected)}"
+                )
+        return tuple(tensors.values())
+
+    async def _arrive(self, action: Action, decoding: asyncio.Future[tuple[Tensor, ...]]) -> None:
+        self.arrived[action] = await decoding
+        self._driver.arrive(action)
+
+    def send(self, action: Action, cut: int, tensors: Sequence[Tensor]) -> None:
+        """Encode and send an action's results in the background, in the order of the calls."""
+        names = [info.name for info in self.context.crossing(cut, gradients=action.backward)]
+        seed = derive_seed(self.context.seed, self.step, action.chunk, f"cut{cut}.{action.what}")
+        encode = partial(self.encoders[cut].encode, dict(zip(names, tensors, strict=True)), seed=seed)
+        encoding = self.context.lanes.run(ENCODE, str(action), encode)
+        self._tasks.create_task(self._send(action, names, encoding))
+
+    async def _send(self, action: Action, names: list[str], encoding: asyncio.Future[Encodings]) -> None:
+        step, chunk, backward = self.step, action.chunk, action.backward
+        message = chunk_message(await encoding, names, step, chunk, backward=backward, evaluate=self.evaluate)
+        await self.context.link.send(message, name=str(action))
+
+
+class TrainingPass(Pass):
+    """The chunks of one training step; see `common.schedule` for its actions.
+
+    Args:
+        context: what to work with.
+        step: its number.
+        images: ``[B, C, H, W]``, cut as `torch.chunk` cuts.
+        labels: ``[B]``.
+        chunks: how many chunks.
+    """
+
+    def __init__(self, context: Context, step: int, images: Tensor, labels: Tensor, chunks: int) -> None:
+        super().__init__(context, step)
+        self.images, self.labels = images.chunk(chunks), labels.chunk(chunks)
+        self.middle_norm_sq = math.nan
+        self._samples = len(labels)
+        self._held_gradients: dict[int, tuple[Tensor | None, ...]] = {}
+
+    @property
+    def count(self) -> int:
+        """How many chunks there are; fewer than asked for where the batch is small."""
+        return len(self.images)
+
+    def samples(self, chunk: int) -> int:
+        """See `Pass.samples`."""
+        return len(self.labels[chunk])
+
+    def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
+        """See `Pass.incoming`."""
+        if message.chunk >= self.count:
+            raise RemoteProtocolError(f"chunk {message.chunk} came in a step of {self.count} chunks")
+        if isinstance(message, Forward):
+            return Action(2, "T", message.chunk), 2
+        if message.chunk == self.count - 1:
+            if message.norm_sq is None:
+                raise RemoteProtocolError("the step's last gradient came without the middle's norm")
+            self.middle_norm_sq = message.norm_sq
+        return Action(0, "B", message.chunk), 1
+
+    async def _perform(self, action: Action) -> None:
+        match action.kind:
+            case "0F":
+                self.send(action, 1, await self.compute(action, self._front_forward, action.chunk))
+            case "2T":
+                arrived = self.arrived.pop(action)
+                self.send(action, 2, await self.compute(action, self._turn, action.chunk, arrived))
+            case _:
+                arrived = self.arrived.pop(action)
+                await self.compute(action, self._front_backward, action.chunk, arrived)
+
+    def _front_forward(self, chunk: int) -> tuple[Tensor, ...]:
+        context = self.context
+        outputs = context.front.forward(self.step, chunk, (self.images[chunk],))
+        self.held[chunk] = outputs if context.parts.kept else ()
+        return outputs[: len(context.parts.cut1)]
+
+    def _turn(self, chunk: int, arrived: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        context, labels = self.context, self.labels[chunk]
+        entries, outputs = context.back.forward_attached(
+            self.step, chunk, context.back_inputs(arrived, self.held.pop(chunk))
+        )
+        logits = outputs[0]
+        with torch.enable_grad():
+            # The batch's loss is the mean over its samples: a chunk counts by its size.
+            mean_loss = cross_entropy(logits, labels)
+            loss = mean_loss * (len(labels) / self._samples)
+        value = mean_loss.item()
+        if not math.isfinite(value):
+            raise TrainingStopped(f"the loss of step {self.step} is {value}")
+        gradients = context.back.backward_attached(entries, (loss,), (None,))
+        self.score.add(value, logits.detach(), labels)
+        crossing = len(context.parts.cut2)
+        self._held_gradients[chunk] = (None,) * crossing + gradients[crossing:]
+        return tuple(gradient for gradient in gradients[:crossing] if gradient is not None)
+
+    def _front_backward(self, chunk: int, arrived: tuple[Tensor, ...]) -> None:
+        context = self.context
+        given = iter(arrived)
+        from_middle = [next(given) if info.requires_grad else None for info in context.parts.cut1]
+        gradients = context.parts.front_gradients(from_middle, self._held_gradients.pop(chunk))
+        context.front.backward(chunk, gradients)
+
+
+class EvaluationPass(Pass):
+    """Chunks forward in evaluation mode; nothing of the model or of training's codecs changes.
+
+    Args:
+        context: what to work with.
+        step: the number of the last training step.
+        fetch: gives the chunks.
+    """
+
+    evaluate = True
+
+    def __init__(self, context: Context, step: int, fetch: FetchChunk) -> None:
+        super().__init__(context, step)
+        self.encoders = {1: context.encoder("cut1.act")}
+        self.decoders = {2: context.decoder("cut2.act")}
+        self._fetch = fetch
+        self._labels: dict[int, Tensor] = {}
+
+    def samples(self, chunk: int) -> int:
+        """See `Pass.samples`."""
+        return len(self._labels[chunk])
+
+    def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
+        """See `Pass.incoming`."""
+        if not isinstance(message, Forward) or message.chunk not in self._labels:
+            raise RemoteProtocolError(
+                f"{message.kind} of chunk {message.chunk} came, which nothing asked for"
+            )
+        return Action(2, "F", message.chunk), 2
+
+    async def _perform(self, action: Action) -> None:
+        if action.stage == 0:
+            images, self._labels[action.chunk] = await self._fetch(action.chunk)
+            self.send(action, 1, await self.compute(action, self._front, action.chunk, images))
+        else:
+            await self.compute(action, self._back, action.chunk, self.arrived.pop(action))
+
+    def _front(self, chunk: int, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.context.front.evaluate((images,))
+        self.held[chunk] = outputs if self.context.parts.kept else ()
+        return outputs[: len(self.context.parts.cut1)]
+
+    def _back(self, chunk: int, arrived: tuple[Tensor, ...]) -> None:
+        labels = self._labels.pop(chunk)
+        logits = self.context.back.evaluate(self.context.back_inputs(arrived, self.held.pop(chunk)))[0]
+        self.score.add(cross_entropy(logits, labels).item(), logits, labels)

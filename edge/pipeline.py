@@ -1,0 +1,107 @@
+"""Steps and evaluations over an open job.
+
+A step is one transaction, applied on both sides or on neither::
+
+    begin ── chunks up and down ── commit(scale) ──> the next step's chunks follow without waiting
+                                        └──> committed, looked at before the next commit
+"""
+
+import math
+
+from torch import Tensor
+
+from common.errors import TrainingStopped
+from common.groups import first_error
+from common.lanes import COMPUTE
+from common.optim import clip_scale
+from common.schedule import Schedule, edge_schedule
+from edge.context import Context, Score
+from edge.passes import EvaluationPass, FetchChunk, Pass, TrainingPass
+from wire.messages import Abort, Begin, Commit
+
+
+class Pipeline:
+    """Trains and evaluates over one link.
+
+    Args:
+        context: what every pass works with.
+        clip_norm: largest global gradient norm, or None.
+        skip_overflow: throw away a step whose gradients are not finite (fp16), instead of stopping.
+    """
+
+    def __init__(self, context: Context, *, clip_norm: float | None, skip_overflow: bool) -> None:
+        self._context = context
+        self._clip_norm = clip_norm
+        self._skip_overflow = skip_overflow
+
+    async def train(
+        self, step: int, images: Tensor, labels: Tensor, *, chunks: int, depth: int
+    ) -> tuple[Score, bool]:
+        """Train on one batch.
+
+        Args:
+            step: its number, higher than any before.
+            images: ``[B, C, H, W]``.
+            labels: ``[B]``, int64.
+            chunks: how many chunks to cut it into, as `torch.chunk` does.
+            depth: the most chunks in flight.
+
+        Returns:
+            The score, and whether the step was applied; it is not where fp16 overflowed.
+
+        Raises:
+            TrainingStopped: loss or gradients are not finite; the step is undone on both sides.
+            WireError: the link failed.
+        """
+        context = self._context
+        this = TrainingPass(context, step, images, labels, chunks)
+        await context.link.send(Begin(step=step, chunks=this.count, evaluate=False))
+        await context.lanes.run(COMPUTE, "begin", self._begin)
+        try:
+            await _run(this, edge_schedule(this.count, depth))
+        except TrainingStopped as stop:
+            await self._undo(step, str(stop))
+            raise
+        norm_sq = this.middle_norm_sq + await context.lanes.run(COMPUTE, "norm", self._norm_sq)
+        if not math.isfinite(norm_sq):
+            await self._undo(step, "the gradients are not finite")
+            if not self._skip_overflow:
+                raise TrainingStopped(f"the gradients of step {step} are not finite")
+            return this.score, False
+        scale = clip_scale(norm_sq, self._clip_norm)
+        await context.link.commit(Commit(step=step, scale=scale))
+        await context.lanes.run(COMPUTE, "commit", self._commit, scale)
+        return this.score, True
+
+    async def evaluate(self, step: int, chunks: int, fetch: FetchChunk, *, depth: int) -> Score:
+        """Run `chunks` chunks forward in evaluation mode; nothing of the model changes."""
+        this = EvaluationPass(self._context, step, fetch)
+        await self._context.link.send(Begin(step=step, chunks=chunks, evaluate=True))
+        await _run(this, edge_schedule(chunks, depth, evaluate=True))
+        return this.score
+
+    def _begin(self) -> None:
+        self._context.front.begin_step()
+        self._context.back.begin_step()
+
+    def _norm_sq(self) -> float:
+        return self._context.front.grad_norm_sq() + self._context.back.grad_norm_sq()
+
+    def _commit(self, scale: float | None) -> None:
+        self._context.front.commit(scale)
+        self._context.back.commit(scale)
+
+    async def _undo(self, step: int, reason: str) -> None:
+        await self._context.link.send(Abort(step=step, reason=reason))
+        await self._context.lanes.run(COMPUTE, "rollback", self._rollback)
+
+    def _rollback(self) -> None:
+        self._context.front.rollback()
+        self._context.back.rollback()
+
+
+async def _run(this: Pass, schedule: Schedule) -> None:
+    try:
+        await this.run(schedule)
+    except BaseExceptionGroup as group:
+        raise first_error(group, TrainingStopped) from None

@@ -1,0 +1,64 @@
+"""What a run leaves behind: figures, and the whole trained model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.errors import TrainingStopped
+from common.metrics import SummaryReport
+from common.weights import merge_states, partition_state, save_model, split_bottleneck
+from edge.config import TrainConfig
+from edge.context import Context
+from edge.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        steps: training steps made.
+        total_steps: steps that were asked for.
+        loss: of the last step; None if there was none.
+        accuracy: of the last evaluation, 0 to 1; None if there was none.
+        summary: bytes, times and busy shares.
+        state: the whole trained model by plain names, a bottleneck's own weights under ``bottleneck.``; empty
+            where neither a file nor the state was asked for.
+    """
+
+    steps: int
+    total_steps: int
+    loss: float | None
+    accuracy: float | None
+    summary: SummaryReport
+    state: dict[str, Tensor]
+
+
+async def fetch_state(job: Job, context: Context) -> dict[str, Tensor]:
+    """Fetch the middle and join the three partitions; see `TrainResult.state`."""
+    middle = await context.link.fetch_middle(job.middle_state())
+    whole, bottleneck = merge_states(
+        job.initial_state,
+        partition_state(context.front.partition),
+        middle,
+        partition_state(context.back.partition),
+    )
+    return {**whole, **bottleneck}
+
+
+def save_state(state: Mapping[str, Tensor], config: TrainConfig, steps: int) -> None:
+    """Write the trained model where `config.save` says, whole or not at all.
+
+    Raises:
+        TrainingStopped: the disk is full, or the file cannot be written.
+    """
+    assert config.save is not None
+    whole, bottleneck = split_bottleneck(state)
+    try:
+        save_model(config.save, whole, bottleneck, {"model": config.model, "steps": str(steps)})
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise TrainingStopped(
+            f"the model of step {steps} could not be written to {config.save}: {reason}"
+        ) from error

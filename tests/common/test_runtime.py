@@ -1,0 +1,155 @@
+"""The process's set-up: what it changes is seen from a process of its own."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+from common import runtime
+from common.runtime import default_threads, peak_rss_bytes, raise_malloc_thresholds, rss_bytes, set_threads
+
+GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+
+
+def run_python(code: str, **env: str) -> Any:
+    """Run code in a fresh interpreter and return what it prints, read as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+# Frees and takes 48 MB again and again on a thread, as a stage's compute thread does.
+FAULTS = """
+    import ctypes, json, resource, threading
+    from common.runtime import raise_malloc_thresholds
+    {call}
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    faults = []
+    def churn():
+        for _ in range(6):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            block = libc.malloc(48 << 20)
+            ctypes.memset(block, 1, 48 << 20)
+            libc.free(block)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    thread = threading.Thread(target=churn)
+    thread.start()
+    thread.join()
+    print(json.dumps(faults[1:]))
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
+def test_freed_memory_is_taken_again_without_page_faults() -> None:
+    assert max(run_python(FAULTS.format(call="assert raise_malloc_thresholds()"))) < 100
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
+def test_glibc_alone_faults_every_page_in_again() -> None:
+    assert min(run_python(FAULTS.format(call=""))) > 48 * 2**20 // 65536
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
+def test_a_setting_of_the_user_s_own_stays() -> None:
+    call = FAULTS.format(call="assert raise_malloc_thresholds()")
+    assert min(run_python(call, MALLOC_MMAP_THRESHOLD_="1000000", MALLOC_MMAP_MAX_="65536")) > 100
+
+
+@pytest.mark.parametrize("libc", [object(), None])
+def test_without_glibc_nothing_is_set_and_the_log_says_so(
+    libc: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(name: None) -> object:
+        if libc is None:
+            raise OSError("no C library")
+        return libc
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", load)
+    with caplog.at_level("INFO"):
+        assert raise_malloc_thresholds() is False
+    assert "this is not glibc" in caplog.text
+
+
+PREPARED = """
+    import json, os, sys
+    from common.runtime import prepare_process
+    prepare_process()
+    print(json.dumps([os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules]))
+"""
+
+
+def test_a_prepared_process_lets_waiting_threads_sleep_and_has_not_loaded_torch() -> None:
+    assert run_python(PREPARED) == ["1000", False]
+
+
+def test_how_threads_wait_stays_as_the_user_set_it() -> None:
+    assert run_python(PREPARED, GOMP_SPINCOUNT="7") == ["7", False]
+    assert run_python(PREPARED, OMP_WAIT_POLICY="ACTIVE") == [None, False]
+
+
+def test_the_default_is_at_least_one_thread_and_at_most_the_cores() -> None:
+    assert 1 <= default_threads() <= (os.cpu_count() or 1)
+
+
+def test_a_cgroup_s_quota_limits_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    for text, threads in (("150000 100000\n", 2), ("max 100000\n", 64), ("10000 100000\n", 1), ("", 64)):
+        monkeypatch.setattr(runtime.Path, "read_text", lambda self, encoding, text=text: text)
+        assert default_threads() == threads
+
+
+def test_threads_hold_for_threads_that_start_later() -> None:
+    code = """
+        import json, threading, torch
+        from common.runtime import set_threads
+        seen = [set_threads(3), torch.get_num_threads()]
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        print(json.dumps(seen))
+    """
+    assert run_python(code) == [3, 3, 3]
+
+
+def test_each_thread_keeps_its_own_count() -> None:
+    code = """
+        import json, threading, torch
+        from common.runtime import set_threads
+        seen, both_set = {}, threading.Barrier(2)
+        def work(count):
+            set_threads(count)
+            both_set.wait()
+            torch.ones(100_000).add_(1)  # the first operation, when torch would take over another's count
+            seen[count] = torch.get_num_threads()
+        threads = [threading.Thread(target=work, args=(count,)) for count in (1, 2)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(json.dumps([seen[1], seen[2]]))
+    """
+    assert run_python(code) == [1, 2]
+
+
+def test_fewer_than_one_thread_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 thread"):
+        set_threads(0)
+
+
+def test_the_peak_is_no_less_than_what_is_resident() -> None:
+    block = bytearray(64 << 20)
+    assert rss_bytes() > len(block) // 2
+    # The two counters are kept apart in the kernel and may differ by some pages.
+    assert peak_rss_bytes() >= rss_bytes() - (8 << 20)
+
+
+def test_resident_memory_falls_back_to_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.Path, "read_text", lambda self, encoding: "")
+    assert rss_bytes() == peak_rss_bytes()

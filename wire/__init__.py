@@ -1,0 +1,1 @@
+"""How bytes and tensors cross the link."""

@@ -1,0 +1,313 @@
+"""What lies between a protocol and a byte stream: queues, flow control, and how a connection ends.
+
+A `Channel` is told what happens to the stream (bytes came, the kernel has room again, the stream ended, time
+has passed) and tells the stream what to do. It knows no event loop: that gives it the stream, the waiters
+and the timer.
+
+Both queues are bounded. The stream is given one frame at a time, so that a more urgent frame waits for at
+most the one that is on its way. When too many received messages wait to be taken, the stream is not read
+until some are, so that TCP slows the peer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from wire.config import WireConfig
+from wire.errors import ConnectionLost, LocalProtocolError, WireError
+from wire.loop import Stream, Timer, Waiter, wake
+from wire.messages import Bye, Message
+from wire.outbox import Outbox, SendReceipt
+from wire.protocol import Protocol, Role
+from wire.sockets import explain_loss
+
+__all__ = ["Channel"]
+
+_MAX_URGENT = 256  # unsent heartbeats; a peer that causes more of them floods us
+_PIECE = 256 * 1024  # what a stream that copies what it cannot send is given at once
+
+
+class Channel:
+    """The queues of one end of a connection, and its end.
+
+    Args:
+        role: which end this is.
+        config: settings.
+        new_waiter: makes something to wait on.
+        call_later: calls a function after so many seconds.
+        opened: is woken when both ends have said hello, or the connection has failed.
+        lost: is woken when the stream has ended.
+
+    Attributes:
+        protocol: the protocol's state.
+        inbox: messages received and not yet taken.
+        failure: why nothing more is sent or received; None while all is well.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        config: WireConfig,
+        new_waiter: Callable[[], Waiter],
+        call_later: Callable[[float, Callable[[], None]], Timer],
+        opened: Waiter,
+        lost: Waiter,
+    ) -> None:
+        self.protocol = Protocol(role, config)
+        self.inbox: deque[Message] = deque()
+        self.failure: WireError | None = None
+        self._opened, self._lost = opened, lost
+        self._config = config
+        self._new_waiter = new_waiter
+        self._call_later = call_later
+        self._stream: Stream
+        self._splits = False
+        self._outbox = Outbox()
+        self._sending: SendReceipt | None = None  # the frame that the stream has in part
+        self._pieces: deque[memoryview] = deque()  # what of it the stream has still to be given
+        self._written = 0
+        self._receiver: Waiter | None = None
+        self._senders: deque[Waiter] = deque()
+        self._timer: Timer | None = None
+        self._writing_paused = self._reading_paused = self._beating = self._finishing = False
+
+    # What the application wants.
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that the kernel took."""
+        return self._written if self._lost.done() else self._written - self._stream.get_write_buffer_size()
+
+    @property
+    def full(self) -> bool:
+        """Too many messages wait to be sent."""
+        return self._outbox.ordinary >= self._config.send_queue and self.failure is None
+
+    def queue(self, message: Message) -> SendReceipt:
+        """Queue a message to be sent, and send it if it can be."""
+        buffers, size = self.protocol.send(message)
+        receipt = SendReceipt(buffers, size, self._new_waiter)
+        self._outbox.push(message.kind, receipt)
+        if not self._writing_paused:
+            self._pump()
+        return receipt
+
+    async def room(self) -> None:
+        """Wait until the queue is not full, or the connection has failed."""
+        while self.full:
+            waiter = self._new_waiter()
+            self._senders.append(waiter)
+            await waiter
+
+    async def arrival(self) -> None:
+        """Wait until a message has come, or the connection has failed.
+
+        Raises:
+            LocalProtocolError: somebody waits already.
+        """
+        if self._receiver is not None:
+            raise LocalProtocolError("only one receive() at a time can wait on a connection")
+        while not self.inbox and self.failure is None:
+            self._receiver = self._new_waiter()
+            try:
+                await self._receiver
+            finally:
+                self._receiver = None
+
+    def take(self) -> Message:
+        """Remove and return the oldest message received; IndexError where there is none."""
+        message = self.inbox.popleft()
+        if self._reading_paused and 2 * len(self.inbox) <= self._config.receive_queue:
+            self._resume_reading()
+        return message
+
+    def leave(self, message: Message, failure: WireError) -> None:
+        """End because this end wants to, with a last message after everything that is queued."""
+        if self.failure is None:
+            self.queue(message)
+            self.end(failure)
+            self.inbox.clear()
+            self._resume_reading()
+            self._finish()
+
+    def abort(self, failure: WireError) -> None:
+        """End at once, dropping everything that is queued."""
+        self.end(failure)
+        self._drop_queue()
+        self._stream.abort()
+
+    # What happens to the stream.
+
+    def attach(self, stream: Stream, *, splits: bool) -> None:
+        """Begin: the stream is connected.
+
+        Args:
+            stream: it has to call `pause_writing` as soon as it buffers anything.
+            splits: give it frames in pieces, because it copies what it cannot send at once.
+        """
+        self._stream = stream
+        self._splits = splits
+        self._after(self._config.handshake_s, self._handshake_expired)
+        self._send_replies()
+
+    def received(self, nbytes: int) -> None:
+        """Bytes came into `protocol.next_buffer`."""
+        protocol = self.protocol
+        protocol.advance(nbytes)
+        try:
+            while (message := protocol.next_message()) is not None:
+                self.inbox.append(message)
+                if type(message) is Bye:
+                    self.end(ConnectionLost(f"the peer said bye: {message.reason}"))
+                    self._drop_queue()
+                    self._finish()
+        except WireError as error:
+            self._break(error)
+        if protocol.replies:
+            self._send_replies()
+        if not self._beating and protocol.established:
+            wake(self._opened)
+            self._beat()
+        if self.inbox:
+            wake(self._receiver)
+            if len(self.inbox) >= self._config.receive_queue and self.failure is None:
+                self._reading_paused = True
+                self._stream.pause_reading()
+
+    def received_eof(self) -> None:
+        """The peer sends nothing more; the stream closes when it has sent what it has."""
+        self.end(self.protocol.receive_eof())
+        self._drop_queue()
+        self._finish()
+
+    def pause_writing(self) -> None:
+        """The stream buffers some of what it was given."""
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        """The stream buffers nothing any more."""
+        self._writing_paused = False
+        self._pump()
+
+    def detach(self, error: Exception | None) -> None:
+        """The stream has ended."""
+        self._written = self.sent_bytes
+        lost = self.protocol.receive_eof()
+        if isinstance(error, OSError):
+            lost = ConnectionLost(f"{explain_loss(error)}: {lost.reason}")
+        self.end(lost)
+        self._drop_queue()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._lost.set_result(None)
+
+    def end(self, failure: WireError) -> None:
+        """Say why nothing more is sent or received; the first reason counts."""
+        if self.failure is None:
+            self.failure = failure
+            wake(self._opened)
+            wake(self._receiver)
+            self._wake_senders()
+
+    # Sending.
+
+    def _send_replies(self) -> None:
+        for reply in self.protocol.take_replies() if self.failure is None else ():
+            self.queue(reply)
+        if self._outbox.urgent > _MAX_URGENT:
+            self.abort(ConnectionLost("the peer floods this end with pings and does not read the answers"))
+
+    def _pump(self) -> None:
+        """Give the stream frames until the kernel is full."""
+        while not self._writing_paused and (self._sending or self._outbox) and not self._stream.is_closing():
+            if self._sending is None:
+                self._sending = self._outbox.pop()
+                self._begin_frame(self._sending)
+            while self._pieces and not self._writing_paused:
+                self._written += len(self._pieces[0])
+                self._stream.write(self._pieces.popleft())
+            if not self._writing_paused:
+                self._sending.finish()
+                self._sending = None
+        if self._senders and not self.full:
+            self._wake_senders()
+        if self._finishing and not (self._sending or self._outbox or self._stream.is_closing()):
+            self._stream.write_eof()
+
+    def _begin_frame(self, receipt: SendReceipt) -> None:
+        receipt.start_ns = time.monotonic_ns()
+        if not self._splits:
+            self._written += receipt.size
+            self._stream.writelines(receipt.buffers)
+            return
+        for buffer in receipt.buffers:
+            view = memoryview(buffer)
+            self._pieces.extend(view[at : at + _PIECE] for at in range(0, len(view), _PIECE))
+
+    def _wake_senders(self) -> None:
+        while self._senders:
+            wake(self._senders.popleft())
+
+    def _drop_queue(self) -> None:
+        for receipt in [*filter(None, [self._sending]), *self._outbox.drain()]:
+            receipt.finish(self.failure)
+        self._sending = None
+        self._pieces.clear()
+
+    def _resume_reading(self) -> None:
+        if self._reading_paused and not self._stream.is_closing():
+            self._reading_paused = False
+            self._stream.resume_reading()
+
+    # Ending.
+
+    def _break(self, error: WireError) -> None:
+        """End because of what the peer sent, and tell it."""
+        cut = bool(self._pieces)  # then it has half a frame, and no use for another one
+        self.end(error)
+        self._drop_queue()
+        frame = self.protocol.fail(error)
+        if frame and not cut and not self._stream.is_closing():
+            self._written += sum(map(len, frame))
+            self._stream.writelines(frame)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Close once everything queued is sent and the peer has closed as well."""
+        if not self._finishing:
+            self._finishing = True
+            self._await_close()
+            self._pump()
+
+    def _await_close(self, sent_before: int = -1) -> None:
+        sent = self.sent_bytes
+        if sent > sent_before:  # the peer may be slow, but it reads
+            self._after(self._config.close_s, lambda: self._await_close(sent))
+        elif self._stream.get_write_buffer_size():
+            self._stream.abort()
+        else:
+            self._stream.close()
+
+    # Time.
+
+    def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._call_later(delay_s, callback)
+
+    def _beat(self) -> None:
+        """Ping, and see whether the peer is alive."""
+        protocol = self.protocol
+        self._beating = True
+        try:
+            protocol.heartbeat(listening=not self._reading_paused)
+        except ConnectionLost as lost:
+            self.abort(lost)
+            return
+        self._after(min(protocol.heartbeat_s, protocol.timeout_s / 2), self._beat)
+        self._send_replies()
+
+    def _handshake_expired(self) -> None:
+        self.abort(ConnectionLost(f"the peer did not say hello within {self._config.handshake_s:g} s"))

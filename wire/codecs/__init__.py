@@ -1,0 +1,1 @@
+"""Codecs: what a tensor becomes on the wire. One codec a file, found through one registry."""

@@ -1,0 +1,173 @@
+"""Affine quantization: groups of values as evenly spaced levels between the group's least and greatest.
+
+A tensor's memory is seen as a matrix whose rows, or whose columns, share a range. On the CPU the work is
+done by compiled kernels, one pass each; elsewhere, and where Numba is not installed, by torch's operations
+with the same results to the last bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from wire.codecs.dither import PERIOD, dither, dither_starts, table
+from wire.codecs.layout import TensorType, flat
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor
+
+_SLACK = 1 + 1e-6
+"""Levels are this much wider than needed, so that no rounding error carries a value past the last one."""
+
+_TINY = 1e-37
+"""Groups whose levels would be closer than this are taken for constant; 1/x must not overflow."""
+
+_HUGE = 1e38
+"""Tensors with larger values are left alone; differences of two must not overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """How a tensor's memory falls into groups that share a range.
+
+    4-D tensors are grouped by channel, over all samples; 2-D and 3-D ones by row, that is by sample or by
+    token; all others are one group.
+
+    Attributes:
+        rows: of the matrix ``[rows, width]`` that the memory is seen as.
+        width: of the matrix.
+        count: how many groups there are.
+        by_row: row r belongs to group ``r % count``; otherwise column c is group c, and `count` is `width`.
+    """
+
+    rows: int
+    width: int
+    count: int
+    by_row: bool
+
+    @classmethod
+    def of(cls, whole: TensorType) -> Groups:
+        """The groups of a tensor of this type."""
+        shape = whole.shape
+        if len(shape) == 4 and whole.order == "NHWC":
+            return cls(shape[0] * shape[2] * shape[3], shape[1], shape[1], by_row=False)
+        if len(shape) == 4:
+            return cls(shape[0] * shape[1], shape[2] * shape[3], shape[1], by_row=True)
+        if len(shape) in (2, 3):
+            rows = whole.numel // max(shape[-1], 1)
+            return cls(rows, shape[-1], rows, by_row=True)
+        return cls(1, whole.numel, 1, by_row=True)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """A view of a dense tensor's memory, `[rows, width]`."""
+        return flat(x).view(self.rows, self.width)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the groups, `[count]`, as a view or copy that broadcasts to the matrix."""
+        return values.repeat(self.rows // self.count)[:, None] if self.by_row else values[None, :]
+
+
+def ranges(x: Tensor, groups: Groups, levels: int) -> Tensor | None:
+    """The range of each group.
+
+    Args:
+        x: `[rows, width]`, floating point, not empty.
+        groups: its groups.
+        levels: how many values a quantized element can have.
+
+    Returns:
+        Float32 `[2, count]`: the value of level 0, and the distance between levels, which is 0 for a group
+        whose values are all alike. None where the values are too large for float32 arithmetic.
+
+    Raises:
+        FloatingPointError: `x` holds NaN or infinity.
+    """
+    kernels = _kernels(x.device)
+    if kernels is not None:
+        bits = x.float().view(torch.int32).view(-1).numpy()
+        params = torch.from_numpy(kernels.extremes(bits, groups.width, groups.count, groups.by_row))
+    else:
+        ends = [f(x, int(groups.by_row)).float() for f in (torch.amin, torch.amax)]
+        params = torch.stack((ends[0].view(-1, groups.count).amin(0), ends[1].view(-1, groups.count).amax(0)))
+    peak = params.abs().max().item()
+    if not peak < float("inf"):
+        raise FloatingPointError
+    if peak > _HUGE:
+        return None
+    low, scale = params
+    scale.sub_(low).mul_(_SLACK / (levels - 1))
+    scale.masked_fill_(scale < _TINY, 0.0)
+    return params
+
+
+def quantize(x: Tensor, groups: Groups, params: Tensor, seed: int | None) -> Tensor:
+    """Maps each value to the nearest level, or with a seed to one of the two nearest, unbiased.
+
+    Args:
+        x: `[rows, width]`, floating point.
+        groups: its groups.
+        params: what `ranges` returned.
+        seed: of stochastic rounding; None rounds to nearest.
+
+    Returns:
+        uint8, `[rows, width]`.
+    """
+    x = x.float()
+    q = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    kernels = _kernels(x.device)
+    if kernels is None:
+        low, scale = map(groups.spread, params)
+        steps = torch.where(scale > 0, scale.reciprocal(), 0.0)
+        noise = 0.5 if seed is None else dither(seed, x.numel(), x.device).view(x.shape)
+        return q.copy_((x - low).mul_(steps).add_(noise))
+    starts = [] if seed is None else dither_starts(seed, x.numel())
+    kernels.quantize(
+        x.view(-1).numpy(),
+        groups.width,
+        params.numpy(),
+        groups.by_row,
+        table(x.device).numpy(),
+        np.array(starts, np.int64),
+        PERIOD,
+        q.view(-1).numpy(),
+    )
+    return q
+
+
+def dequantize(q: Tensor, groups: Groups, params: Tensor, x: Tensor) -> None:
+    """Maps levels to their values.
+
+    Args:
+        q: uint8, `[rows, width]`.
+        groups: its groups.
+        params: what `ranges` returned.
+        x: receives the values; of q's shape, floating point.
+    """
+    kernels = _kernels(q.device)
+    if kernels is None:
+        x.copy_((q * groups.spread(params[1])).add_(groups.spread(params[0])))
+        return
+    values = x if x.dtype == torch.float32 else torch.empty(x.shape)
+    kernels.dequantize(
+        q.view(-1).numpy(), groups.width, params.numpy(), groups.by_row, values.view(-1).numpy()
+    )
+    if values is not x:
+        x.copy_(values)
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The compiled kernels, loaded when first needed: Numba takes its time to import."""
+    if device.type != "cpu":
+        return None
+    try:
+        return importlib.import_module("wire.codecs._kernels")
+    except ImportError:
+        return None

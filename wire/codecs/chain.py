@@ -1,0 +1,255 @@
+"""Chains at work: an encoder and a decoder for one stream of tensors each.
+
+A stream is what crosses one cut in one direction under one name. Its encoder stands on one side, its
+decoder on the other; stateful codecs keep their state in step because both see the same tensors in the
+same order.
+
+The description of a tensor is a tree of plain maps. A leaf says what bytes are in the payload::
+
+    {"dtype": "float32", "shape": [8, 32], "order": "C", "size": 1024}
+
+A node says what a codec makes of its parts; a codec that was skipped does not appear::
+
+    {"codec": "int8", "meta": {}, "dtype": "float32", "shape": [8, 32], "order": "C", "parts": [..]}
+
+Leaves lie in the payload depth first, each padded with zeros to a multiple of 64 bytes.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wire.codecs.base import Call, Codec, Role
+from wire.codecs.buffers import leaf_buffers, load_leaf
+from wire.codecs.desc import Leaf, Node, leaf_desc, node_desc, parse_desc
+from wire.codecs.layout import TensorType, dense
+from wire.codecs.registry import codec_class
+from wire.codecs.spec import Chain, StageSpec, parse_chain, spell_chain
+from wire.errors import CorruptPayload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+__all__ = ["Chain", "Decoder", "Encoded", "Encoder", "StageSpec", "parse_chain", "spell_chain"]
+
+MAX_TENSOR_BYTES = 1 << 31
+"""The largest tensor that a decoder accepts unless told otherwise, raw or at any stage of decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A tensor ready to be sent.
+
+    Attributes:
+        desc: its description, plain values only.
+        buffers: bytes-like, in order, padding included; they keep what they view alive.
+        size: bytes in `buffers`, always a multiple of 64.
+    """
+
+    desc: dict[str, Any]
+    buffers: list[memoryview]
+    size: int
+
+
+class _Stages:
+    """The codec instances of one stream, one for each place in the tree, made when first needed."""
+
+    def __init__(self, chain: Chain, role: Role) -> None:
+        self.chain, self.role = chain, role
+        self._codecs: dict[str, Codec] = {}
+
+    def codec(self, index: int, path: str) -> Codec:
+        spec = self.chain[index]
+        key = f"{path}:{spec}"
+        if key not in self._codecs:
+            self._codecs[key] = codec_class(spec.name)(spec.args, self.role)
+        return self._codecs[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {key: codec.state_dict() for key, codec in self._codecs.items()}
+        return {key: state for key, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        specs = {str(spec): index for index, spec in enumerate(self.chain)}
+        codecs: dict[str, Codec] = {}
+        for key, value in state.items():
+            spec = key.partition(":")[2]
+            if spec not in specs:
+                raise ValueError(f"codec state for {spec!r} does not belong to {spell_chain(self.chain)}")
+            stage = self.chain[specs[spec]]
+            codecs[key] = codec_class(stage.name)(stage.args, self.role)
+            codecs[key].load_state_dict(value)
+        self._codecs = codecs
+
+
+class Encoder:
+    """Encodes one stream of tensors. One thread at a time uses it.
+
+    Args:
+        chain: what `parse_chain` returned.
+        role: what the stream carries.
+        threads: how many threads torch may use meanwhile; None leaves the calling thread's setting.
+    """
+
+    def __init__(self, chain: Chain, role: Role, *, threads: int | None = None) -> None:
+        self._stages = _Stages(chain, role)
+        self._threads = threads
+
+    def encode(self, x: Tensor, *, seed: int) -> Encoded:
+        """Encodes a tensor, on the tensor's own device.
+
+        Args:
+            x: any shape, on any device, of a dtype that can cross. What is sent raw is not copied from host
+                memory, so `x` must not be changed in place until it is sent.
+            seed: of stochastic rounding; the same seed, state and tensor give the same bytes.
+
+        Raises:
+            NonFiniteTensor: a quantizer met NaN or infinity.
+            ValueError: a tensor of such a dtype or shape cannot cross.
+        """
+        leaves: list[Tensor] = []
+        with torch.no_grad(), _torch_threads(self._threads):
+            desc = self._encode(dense(x), 0, "", Call(seed), leaves)
+            buffers = leaf_buffers(leaves)
+        return Encoded(desc, buffers, sum(map(len, buffers)))
+
+    def _encode(self, x: Tensor, first: int, path: str, call: Call, leaves: list[Tensor]) -> dict[str, Any]:
+        chain = self._stages.chain
+        whole = TensorType.of(x)
+        for index in range(first, len(chain)):
+            packed = self._stages.codec(index, path).encode(x, call)
+            if packed is None:
+                continue
+            parts = [
+                self._encode(
+                    dense(part.tensor),
+                    index + 1 if part.follow else len(chain),
+                    f"{path}.{number}",
+                    call.child(number),
+                    leaves,
+                )
+                for number, part in enumerate(packed.parts)
+            ]
+            return node_desc(chain[index].name, packed.meta, whole, parts)
+        leaves.append(x)
+        return leaf_desc(whole)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the stream's codecs; empty where none keeps any."""
+        return self._stages.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state that `state_dict` returned, of this or another encoder for the same chain.
+
+        Raises:
+            ValueError: the state belongs to another chain.
+        """
+        self._stages.load_state_dict(state)
+
+
+class Decoder:
+    """Decodes one stream of tensors. One thread at a time uses it.
+
+    Args:
+        chain: the encoder's chain.
+        role: what the stream carries.
+        threads: how many threads torch may use meanwhile; None leaves the calling thread's setting.
+        max_bytes: the largest tensor accepted, raw or at any stage of decoding.
+    """
+
+    def __init__(
+        self, chain: Chain, role: Role, *, threads: int | None = None, max_bytes: int = MAX_TENSOR_BYTES
+    ) -> None:
+        self._stages = _Stages(chain, role)
+        self._threads = threads
+        self._max_bytes = max_bytes
+
+    def size(self, desc: object) -> int:
+        """How many bytes of payload a description covers, padding included.
+
+        Raises:
+            CorruptPayload: it is no description that this stream's encoder can have made.
+        """
+        return self._parse(desc).size
+
+    def decode(
+        self, desc: object, payload: Any, *, offset: int = 0, device: torch.device | str | None = None
+    ) -> tuple[Tensor, int]:
+        """Decodes one tensor.
+
+        Args:
+            desc: from the peer; anything.
+            payload: a writable bytes-like object. A tensor that was sent raw is a view of it, which keeps it
+                alive and must not be overwritten. Read-only memory is copied.
+            offset: where in the payload the tensor starts, in bytes.
+            device: where the tensor is decoded and returned; the CPU unless given.
+
+        Returns:
+            The tensor, in the memory order in which it was encoded, and the offset of the next one.
+
+        Raises:
+            CorruptPayload: the description is not one that this stream's encoder can have made, or does not
+                fit the payload.
+        """
+        tree = self._parse(desc)
+        view = memoryview(payload).cast("B")
+        if offset < 0 or offset + tree.size > len(view):
+            raise CorruptPayload(
+                f"a tensor of {tree.size} bytes at offset {offset} is beyond a payload of {len(view)} bytes"
+            )
+        target = torch.device(device or "cpu")
+        with torch.no_grad(), _torch_threads(self._threads):
+            x, end = self._decode(tree, view, offset, target)
+            if target.type == "cuda":
+                # The copies may still be reading the payload, which is the caller's again after this.
+                torch.cuda.current_stream(target).synchronize()
+        return x, end
+
+    def _parse(self, desc: object) -> Leaf | Node:
+        return parse_desc(desc, self._stages.chain, self._stages.codec, self._max_bytes)
+
+    def _decode(
+        self, tree: Leaf | Node, view: memoryview, offset: int, device: torch.device
+    ) -> tuple[Tensor, int]:
+        if isinstance(tree, Leaf):
+            x = load_leaf(tree.type, view[offset : offset + tree.type.nbytes])
+            return x.to(device, non_blocking=True), offset + tree.size
+        parts = []
+        for part in tree.parts:
+            x, offset = self._decode(
+                part, view, offset, torch.device("cpu") if tree.codec.on_host else device
+            )
+            parts.append(x)
+        return tree.codec.decode(parts, tree.type, tree.meta).to(device, non_blocking=True), offset
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the stream's codecs; empty where none keeps any."""
+        return self._stages.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state that `state_dict` returned, of this or another decoder for the same chain.
+
+        Raises:
+            ValueError: the state belongs to another chain.
+        """
+        self._stages.load_state_dict(state)
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    """Sets the number of threads that torch uses for work started by this thread."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,111 @@
+"""Chains as text: ``none``, ``int8``, ``fp16+lz4``, ``name:arguments+name``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wire.codecs.base import Role
+from wire.codecs.registry import codec_class, codec_names
+from wire.errors import SpecError
+
+NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """One stage of a chain.
+
+    Attributes:
+        name: the codec's name.
+        args: what followed the name and a colon, or nothing.
+        position: where in the text the stage starts; two stages are equal wherever they stand.
+    """
+
+    name: str
+    args: str = ""
+    position: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.args}" if self.args else self.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StageSpec) and (self.name, self.args) == (other.name, other.args)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.args))
+
+
+Chain = tuple[StageSpec, ...]
+"""Stages in the order in which they encode; the empty chain sends tensors raw."""
+
+
+def split_chain(text: str) -> Chain:
+    """Splits a spec into stages, whatever their names.
+
+    For callers that take some names for themselves before `check_chain` sees the rest.
+
+    Raises:
+        SpecError: a stage is missing or has no name, or ``none`` does not stand alone.
+    """
+    stages: list[StageSpec] = []
+    position = 0
+    for piece in text.split("+"):
+        name, colon, args = piece.strip().partition(":")
+        start = position + len(piece) - len(piece.lstrip())
+        if not name:
+            raise SpecError(f"no codec stands at character {start + 1} of {text!r}", text, start)
+        if colon and not args:
+            end = start + len(name)
+            raise SpecError(f"no arguments follow the colon at character {end + 1} of {text!r}", text, end)
+        stages.append(StageSpec(name, args, start))
+        position += len(piece) + 1
+    for stage in stages:
+        if stage.name == NONE and (len(stages) > 1 or stage.args):
+            raise SpecError(
+                f"{NONE} at character {stage.position + 1} of {text!r} must stand alone", text, stage.position
+            )
+    return () if stages[0].name == NONE else tuple(stages)
+
+
+def check_chain(stages: Chain, text: str) -> None:
+    """Checks that every stage is a codec with arguments that it takes, and that none comes twice.
+
+    Args:
+        stages: what `split_chain` returned, or some of it.
+        text: what was split, for the message.
+
+    Raises:
+        SpecError: a stage is not right.
+    """
+    seen: set[str] = set()
+    for stage in stages:
+        at = f"at character {stage.position + 1} of {text!r}"
+        if stage.name not in codec_names():
+            known = ", ".join((NONE, *codec_names()))
+            raise SpecError(f"unknown codec {stage.name!r} {at}; there are {known}", text, stage.position)
+        if stage.name in seen:
+            raise SpecError(f"{stage.name} {at} comes a second time", text, stage.position)
+        seen.add(stage.name)
+        try:
+            codec_class(stage.name)(stage.args, Role.ACTIVATION)
+        except ValueError as error:
+            raise SpecError(f"{stage} {at} is wrong: {error}", text, stage.position) from None
+
+
+def parse_chain(text: str) -> Chain:
+    """Reads a chain of codecs.
+
+    Args:
+        text: names, each perhaps with a colon and arguments, joined by ``+``; or ``none``.
+
+    Raises:
+        SpecError: the text is no chain; the message points at the character and says what there is.
+    """
+    stages = split_chain(text)
+    check_chain(stages, text)
+    return stages
+
+
+def spell_chain(chain: Chain) -> str:
+    """The text that `parse_chain` reads as `chain`."""
+    return "+".join(map(str, chain)) or NONE

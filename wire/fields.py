@@ -1,0 +1,146 @@
+"""What may stand in the fields of a message's header.
+
+A field of a message is annotated with a type and a `Rule`, which is applied on the way out and on the way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from wire.buffers import ALIGNMENT
+
+__all__ = [
+    "Code",
+    "Count",
+    "Desc",
+    "Descs",
+    "Flag",
+    "HeaderLimit",
+    "Name",
+    "Names",
+    "Nanoseconds",
+    "OptionalNumber",
+    "Plain",
+    "Rule",
+    "Seconds",
+    "Sentence",
+    "Size",
+    "Step",
+    "Versions",
+    "fits",
+]
+
+MAX_ITEMS = 65_536
+MAX_DEPTH = 16
+_MAX_INT = 2**63 - 1
+_MAX_LEAF = 2**48
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Checks one field's value.
+
+    Attributes:
+        accepts: says whether a value is good.
+        wanted: what a good value is, in words.
+    """
+
+    accepts: Callable[[Any], bool]
+    wanted: str
+
+
+def _integer(low: int, high: int = _MAX_INT) -> Rule:
+    return Rule(lambda v: type(v) is int and low <= v <= high, f"an integer from {low} to {high}")
+
+
+def _real(low: float, high: float) -> Rule:
+    return Rule(lambda v: type(v) is float and low <= v <= high, f"a float from {low:g} to {high:g}")
+
+
+def _text(longest: int) -> Rule:
+    return Rule(lambda v: type(v) is str and len(v) <= longest, f"a string of at most {longest} characters")
+
+
+def _list_of(accepts: Callable[[Any], bool], item: str, longest: int) -> Rule:
+    return Rule(
+        lambda v: type(v) in (list, tuple) and len(v) <= longest and all(map(accepts, v)),
+        f"a list of at most {longest} items, each {item}",
+    )
+
+
+def _is_plain(value: Any, depth: int = MAX_DEPTH) -> bool:
+    if value is None or isinstance(value, (bool, float, str, bytes)):
+        return True
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**64
+    if depth == 0:
+        return False
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
+    return isinstance(value, (list, tuple)) and all(_is_plain(v, depth - 1) for v in value)
+
+
+def _is_desc(desc: Any, depth: int = MAX_DEPTH) -> bool:
+    if type(desc) is not dict:
+        return False
+    parts = desc.get("parts")
+    if parts is None:
+        size = desc.get("size")
+        return type(size) is int and 0 <= size <= _MAX_LEAF
+    return depth > 0 and type(parts) in (list, tuple) and all(_is_desc(part, depth - 1) for part in parts)
+
+
+def fits(descs: Sequence[Desc], nbytes: int) -> bool:
+    """Say whether a payload is as long as descriptions want it.
+
+    Every leaf is followed by padding to a multiple of 64 bytes; the last one's may be left out.
+
+    Args:
+        descs: descriptions that the rule of `Descs` accepts.
+        nbytes: length of the payload.
+    """
+    end = total = 0
+    for size in _leaf_sizes(descs):
+        end = total + size
+        total = end + -end % ALIGNMENT
+    return nbytes in (end, total)
+
+
+def _leaf_sizes(descs: Sequence[Desc]) -> list[int]:
+    sizes: list[int] = []
+    for desc in descs:
+        parts = desc.get("parts")
+        if parts is not None:
+            sizes += _leaf_sizes(parts)
+        elif desc["size"]:
+            sizes.append(desc["size"])
+    return sizes
+
+
+Desc = dict[str, Any]
+Step = Annotated[int, _integer(0)]
+Count = Annotated[int, _integer(1, 2**31 - 1)]
+Size = Annotated[int, _integer(0)]
+HeaderLimit = Annotated[int, _integer(4096)]
+Nanoseconds = Annotated[int, _integer(-(2**63))]
+Seconds = Annotated[float, _real(0.01, 3600.0)]
+# A gradient's norm may overflow: infinity and NaN have to cross, so that the loss of a step is seen.
+OptionalNumber = Annotated[float | None, Rule(lambda v: v is None or type(v) is float, "a float or nil")]
+Flag = Annotated[bool, Rule(lambda v: type(v) is bool, "a boolean")]
+Code = Annotated[str, _text(64)]
+Name = Annotated[str, _text(256)]
+Sentence = Annotated[str, _text(1024)]
+Names = Annotated[Sequence[str], _list_of(_text(1024).accepts, "a string", MAX_ITEMS)]
+Versions = Annotated[Sequence[int], _list_of(_integer(0, 2**16).accepts, "a small integer", 64)]
+Plain = Annotated[
+    Mapping[str, Any],
+    Rule(
+        lambda v: isinstance(v, Mapping) and _is_plain(v),
+        f"a map with string keys and plain values, at most {MAX_DEPTH} levels deep",
+    ),
+]
+Descs = Annotated[
+    Sequence[Desc], _list_of(_is_desc, 'a map with "parts", or else with a "size" in bytes', MAX_ITEMS)
+]

@@ -1,0 +1,191 @@
+"""Named tensors to messages and back: the streams of one cut and direction, and state dicts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from wire.codecs.base import NonFiniteTensor, Role
+from wire.codecs.chain import Decoder, Encoded, Encoder
+from wire.codecs.spec import parse_chain
+from wire.errors import CorruptPayload
+from wire.messages import Backward, Forward, Weights
+
+Encodings: TypeAlias = tuple[list[dict[str, Any]], list[memoryview]]
+"""The descriptions and the payload's buffers of some tensors, as a message takes them."""
+
+_WEIGHTS_MESSAGE_BYTES = 4 << 20
+
+
+class StreamEncoder:
+    """Encodes what crosses one cut in one direction; each named tensor is a stream with its own codec state.
+
+    Args:
+        chain: the codec chain, such as ``int8+lz4``.
+        gradient: whether it carries gradients (stochastic rounding) or activations.
+    """
+
+    def __init__(self, chain: str, *, gradient: bool) -> None:
+        self._chain = parse_chain(chain)
+        self._role = Role.GRADIENT if gradient else Role.ACTIVATION
+        self._encoders: dict[str, Encoder] = {}
+        self._raw = Encoder(parse_chain("none"), self._role)
+
+    def encode(self, tensors: Mapping[str, Tensor], *, seed: int) -> Encodings:
+        """Encode one chunk's tensors.
+
+        A tensor that is not finite is sent raw, so that NaN arrives as NaN and the loss shows it.
+
+        Args:
+            tensors: by name.
+            seed: of stochastic rounding.
+        """
+        descs: list[dict[str, Any]] = []
+        buffers: list[memoryview] = []
+        for index, (name, tensor) in enumerate(tensors.items()):
+            encoded = self._encode(name, tensor, seed + index)
+            descs.append(encoded.desc)
+            buffers.extend(encoded.buffers)
+        return descs, buffers
+
+    def _encode(self, name: str, tensor: Tensor, seed: int) -> Encoded:
+        if name not in self._encoders:
+            self._encoders[name] = Encoder(self._chain, self._role)
+        try:
+            return self._encoders[name].encode(tensor, seed=seed)
+        except NonFiniteTensor:
+            return self._raw.encode(tensor, seed=seed)
+
+
+class StreamDecoder:
+    """Decodes what a `StreamEncoder` of the same chain and direction made.
+
+    Args:
+        chain: the codec chain.
+        gradient: whether it carries gradients.
+        max_bytes: the largest tensor accepted, at any stage of decoding.
+    """
+
+    def __init__(self, chain: str, *, gradient: bool, max_bytes: int) -> None:
+        self._chain = parse_chain(chain)
+        self._role = Role.GRADIENT if gradient else Role.ACTIVATION
+        self._max_bytes = max_bytes
+        self._decoders: dict[str, Decoder] = {}
+
+    def decode(
+        self, message: Forward | Backward, names: Sequence[str], *, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """Decode a message's tensors.
+
+        Args:
+            message: as received.
+            names: the names it must carry, in order.
+            device: where the tensors are wanted; the CPU unless given.
+
+        Raises:
+            CorruptPayload: other names, or a payload that does not fit its description.
+        """
+        if list(message.names) != list(names):
+            raise CorruptPayload(
+                f"a {message.kind} message carries {list(message.names)[:4]}, not {list(names)[:4]}"
+            )
+        tensors: dict[str, Tensor] = {}
+        offset = 0
+        for name, desc in zip(message.names, message.tensors, strict=True):
+            if name not in self._decoders:
+                self._decoders[name] = Decoder(self._chain, self._role, max_bytes=self._max_bytes)
+            tensors[name], offset = self._decoders[name].decode(
+                desc, message.payload, offset=offset, device=device
+            )
+        return tensors
+
+
+def chunk_message(
+    encodings: Encodings,
+    names: Sequence[str],
+    step: int,
+    chunk: int,
+    *,
+    backward: bool,
+    evaluate: bool = False,
+    norm_sq: float | None = None,
+) -> Forward | Backward:
+    """Make the message that carries a chunk's encoded tensors.
+
+    Args:
+        encodings: from `StreamEncoder.encode`.
+        names: of the tensors, in the same order.
+        step: the step's number.
+        chunk: the chunk's number.
+        backward: gradients, not activations.
+        evaluate: of an evaluation.
+        norm_sq: the middle's squared gradient norm, with its last gradient.
+    """
+    descs, payload = encodings
+    if backward:
+        return Backward(step=step, chunk=chunk, names=names, tensors=descs, norm_sq=norm_sq, payload=payload)
+    return Forward(step=step, chunk=chunk, evaluate=evaluate, names=names, tensors=descs, payload=payload)
+
+
+def weights_messages(state: Mapping[str, Tensor]) -> Iterator[Weights]:
+    """Cut a state dict into messages of a few megabytes; a larger tensor makes one of its own."""
+    encoder = Encoder(parse_chain("none"), Role.ACTIVATION)
+    names: list[str] = []
+    encoded: list[Encoded] = []
+    seq = 0
+    for name, tensor in state.items():
+        names.append(name)
+        encoded.append(encoder.encode(tensor, seed=0))
+        if sum(part.size for part in encoded) >= _WEIGHTS_MESSAGE_BYTES:
+            yield _weights(seq, names, encoded, last=False)
+            names, encoded, seq = [], [], seq + 1
+    yield _weights(seq, names, encoded, last=True)
+
+
+def _weights(seq: int, names: list[str], encoded: list[Encoded], *, last: bool) -> Weights:
+    return Weights(
+        seq=seq,
+        last=last,
+        names=names,
+        tensors=[part.desc for part in encoded],
+        payload=[buffer for part in encoded for buffer in part.buffers],
+    )
+
+
+class WeightsReceiver:
+    """Puts a state dict together from `weights` messages.
+
+    Args:
+        expected: name, dtype and shape of every tensor that must come; no other may.
+    """
+
+    def __init__(self, expected: Mapping[str, Tensor]) -> None:
+        self._expected = {name: (t.dtype, t.shape) for name, t in expected.items()}
+        self._state: dict[str, Tensor] = {}
+        self._next_seq = 0
+        largest = max((t.numel() * t.element_size() for t in expected.values()), default=0)
+        self._decoder = Decoder(parse_chain("none"), Role.ACTIVATION, max_bytes=largest)
+
+    def take(self, message: Weights) -> dict[str, Tensor] | None:
+        """Take the next message; return the whole state after the last one.
+
+        Raises:
+            CorruptPayload: a message out of order, or tensors other than the expected.
+        """
+        if message.seq != self._next_seq:
+            raise CorruptPayload(f"weights message {message.seq} came where {self._next_seq} was due")
+        self._next_seq += 1
+        offset = 0
+        for name, desc in zip(message.names, message.tensors, strict=True):
+            tensor, offset = self._decoder.decode(desc, message.payload, offset=offset)
+            if name in self._state or self._expected.get(name) != (tensor.dtype, tensor.shape):
+                raise CorruptPayload(
+                    f"the weights hold {name!r} as {tensor.dtype} {tuple(tensor.shape)}, which does not fit"
+                )
+            self._state[name] = tensor
+        if not message.last:
+            return None
+        if missing := self._expected.keys() - self._state.keys():
+            raise CorruptPayload(f"the weights lack {', '.join(sorted(missing)[:3])}")
+        return self._state

@@ -1,0 +1,307 @@
+"""Connections over TCP: the one file that knows asyncio.
+
+A `Connection` joins an asyncio transport and a `wire.channel.Channel`, which does the thinking. Received
+bytes go straight into payload buffers (`asyncio.BufferedProtocol`), and payloads are sent without being
+copied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from wire.channel import Channel
+from wire.config import WireConfig
+from wire.errors import ConnectFailed, ConnectionLost, WireError
+from wire.messages import Bye, Error, Hello, Message, Welcome
+from wire.outbox import SendReceipt
+from wire.protocol import Role
+from wire.sockets import dial, explain, explain_refusal, spell_address, tune
+
+__all__ = ["Connection", "SendReceipt", "Server", "connect", "run", "serve"]
+
+T = TypeVar("T")
+OnConnection = Callable[["Connection"], Awaitable[None]]
+logger = logging.getLogger("isthmus.wire")
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One end of a connection; `connect` and `serve` make them.
+
+    Attributes:
+        peer: the other end's address.
+    """
+
+    def __init__(self, role: Role, config: WireConfig) -> None:
+        loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = loop.create_future()  # or failed
+        self._lost: asyncio.Future[None] = loop.create_future()
+        self._channel = Channel(role, config, loop.create_future, loop.call_later, self._opened, self._lost)
+        self.peer = "?"
+
+    @property
+    def hello(self) -> Hello | None:
+        """What the client said of itself."""
+        return self._channel.protocol.hello
+
+    @property
+    def welcome(self) -> Welcome | None:
+        """What the server said of itself."""
+        return self._channel.protocol.welcome
+
+    @property
+    def session(self) -> str:
+        """The name that the server gave this connection."""
+        return self.welcome.session if self.welcome else ""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes handed to the kernel, headers and heartbeats included."""
+        return self._channel.sent_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes taken from the kernel, headers and heartbeats included."""
+        return self._channel.protocol.received_bytes
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Shortest round-trip time of the newest heartbeats; None before the first."""
+        rtt_ns = self._channel.protocol.clock.rtt_ns
+        return None if rtt_ns is None else rtt_ns / 1e9
+
+    @property
+    def clock_offset_ns(self) -> int:
+        """The peer's `time.monotonic_ns` minus ours."""
+        return self._channel.protocol.clock.offset_ns
+
+    async def send(self, message: Message) -> SendReceipt:
+        """Queue a message and wait until the queue has room for another.
+
+        The payload is not copied: leave it as it is until the receipt is done. Cancelled while it waits for
+        room, the message is sent all the same.
+
+        Returns:
+            A receipt; await it to wait until the kernel has the whole frame.
+
+        Raises:
+            LocalProtocolError: the message is malformed or not allowed now; the connection goes on.
+            ConnectionLost: the connection has ended.
+            PeerError: it ended because the peer reported an error.
+            RemoteProtocolError: it ended because the peer broke the protocol.
+        """
+        channel = self._channel
+        if channel.failure is not None:
+            raise channel.failure.with_traceback(None)
+        receipt = channel.queue(message)
+        if channel.full:
+            await channel.room()
+        return receipt
+
+    async def receive(self) -> Message:
+        """Wait for the next message and return it.
+
+        A `Bye` is returned as a message; after it comes `ConnectionLost`. A message's payload is memory that
+        is used again once nothing refers to it.
+
+        Raises:
+            ConnectionLost: the connection has ended, and all messages that came before have been received.
+            PeerError: the peer reported an error.
+            RemoteProtocolError: the peer broke the protocol.
+        """
+        channel = self._channel
+        if not channel.inbox:
+            await channel.arrival()
+            if not channel.inbox:
+                assert channel.failure is not None
+                raise channel.failure.with_traceback(None)
+        return channel.take()
+
+    async def close(self, reason: str = "done") -> None:
+        """Send what is queued, say bye and wait until both ends have closed.
+
+        Messages that were not received yet are lost.
+        """
+        self._channel.leave(Bye(reason), ConnectionLost("this end closed the connection"))
+        await asyncio.shield(self._lost)
+
+    async def fail(self, code: str, message: str) -> None:
+        """Report an error and close. The peer's `receive` raises `PeerError(code, message)`."""
+        self._channel.leave(
+            Error(code[:64], message[:1024]), ConnectionLost(f"this end closed the connection: {message}")
+        )
+        await asyncio.shield(self._lost)
+
+    def abort(self) -> None:
+        """Drop the connection at once, with all that is queued."""
+        self._channel.abort(ConnectionLost("this end dropped the connection"))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet the peer."""
+        stream = cast(asyncio.Transport, transport)
+        stream.set_write_buffer_limits(high=0)
+        self.peer = spell_address(stream.get_extra_info("peername"))
+        tune(stream.get_extra_info("socket"))
+        # uvloop's transports refer to what they cannot send at once; asyncio's copy it.
+        self._channel.attach(stream, splits=not type(stream).__module__.startswith("uvloop"))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where the next bytes belong."""
+        return self._channel.protocol.next_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Bytes came in."""
+        self._channel.received(nbytes)
+
+    def eof_received(self) -> bool:
+        """The peer sends nothing more; the transport then closes."""
+        self._channel.received_eof()
+        return False
+
+    def pause_writing(self) -> None:
+        """The kernel has no room for the rest of a frame."""
+        self._channel.pause_writing()
+
+    def resume_writing(self) -> None:
+        """The kernel has all that the transport was given."""
+        self._channel.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport is closed."""
+        self._channel.detach(exc)
+
+
+class Server:
+    """Accepts connections and runs a coroutine for each; `serve` makes it.
+
+    Attributes:
+        host: the address it listens on.
+        port: the port it listens on.
+    """
+
+    def __init__(self, on_connection: OnConnection, config: WireConfig) -> None:
+        self._on_connection = on_connection
+        self._config = config
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: set[Connection] = set()
+        self._server: asyncio.AbstractServer
+        self.host = ""
+        self.port = 0
+
+    async def close(self, reason: str = "the server shuts down") -> None:
+        """Stop accepting, say bye to everybody and wait until their coroutines have returned."""
+        self._server.close()
+        await asyncio.gather(*(connection.close(reason) for connection in self._connections))
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._server.wait_closed()
+
+    async def _listen(self, host: str, port: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._accept, host, port)
+        self.host, self.port = self._server.sockets[0].getsockname()[:2]
+
+    def _accept(self) -> Connection:
+        connection = Connection(Role.SERVER, self._config)
+        self._connections.add(connection)
+        connection._opened.add_done_callback(lambda _: self._begin(connection))
+        connection._lost.add_done_callback(lambda _: self._connections.discard(connection))
+        return connection
+
+    def _begin(self, connection: Connection) -> None:
+        if connection._channel.failure is not None:
+            logger.info("no session with %s: %s", connection.peer, connection._channel.failure)
+            return
+        if len(self._connections) > self._config.max_connections:
+            connection._channel.leave(
+                Error("busy", f"the server already serves {self._config.max_connections} connections"),
+                ConnectionLost("too many connections"),
+            )
+            return
+        task = asyncio.get_running_loop().create_task(self._run(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await self._on_connection(connection)
+            await connection.close()
+        except WireError as error:
+            logger.info("the session with %s ended: %s", connection.peer, error)
+            await connection.close()
+        except Exception:
+            logger.exception("the session with %s failed", connection.peer)
+            await connection.fail("internal_error", "the server failed; its log says why")
+        finally:
+            if not connection._lost.done():
+                connection.abort()
+
+
+async def serve(
+    host: str, port: int, on_connection: OnConnection, config: WireConfig | None = None
+) -> Server:
+    """Listen, and run `on_connection` for every connection that has said hello.
+
+    When the coroutine returns, its connection is closed; when it raises, the peer gets an `error` and the
+    server goes on.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        on_connection: what to do with a connection.
+        config: settings.
+
+    Raises:
+        ConnectFailed: the address cannot be listened on.
+    """
+    server = Server(on_connection, config or WireConfig())
+    try:
+        await server._listen(host, port)
+    except OSError as error:
+        raise ConnectFailed(host, port, explain(error)) from None
+    return server
+
+
+async def connect(host: str, port: int, config: WireConfig | None = None) -> Connection:
+    """Connect to a server and exchange hello and welcome.
+
+    Raises:
+        ConnectFailed: says why, and what to do.
+    """
+    config = config or WireConfig()
+    loop = asyncio.get_running_loop()
+    connection = None
+    try:
+        async with asyncio.timeout(config.handshake_s):
+            sock = await dial(loop, host, port)
+            _, connection = await loop.create_connection(lambda: Connection(Role.CLIENT, config), sock=sock)
+            await connection._opened
+    except OSError as error:
+        if connection is None:
+            raise ConnectFailed(host, port, explain(error)) from None
+        connection.abort()
+        reason = f"something listens there but did not answer within {config.handshake_s:g} s"
+        raise ConnectFailed(host, port, reason) from None
+    except BaseException:
+        if connection is not None:
+            connection.abort()
+        raise
+    failure = connection._channel.failure
+    if failure is not None:
+        await connection.close()
+        raise ConnectFailed(host, port, explain_refusal(failure)) from None
+    return connection
+
+
+def run(main: Coroutine[Any, Any, T], *, debug: bool | None = None) -> T:
+    """Run a coroutine to its end, on uvloop where it is installed, else on asyncio's own loop."""
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        new_loop = uvloop.new_event_loop
+    with asyncio.Runner(debug=debug, loop_factory=new_loop) as runner:
+        return runner.run(main)
