@@ -51,6 +51,7 @@ def payload(size: int) -> Any:
 
 
 def isthmus_receiver(pipe: Pipe) -> None:
+    """Receive messages as a session of the server does."""
     from wire.config import WireConfig
     from wire.messages import Ready, Weights
     from wire.transport import Connection, run, serve
@@ -78,6 +79,7 @@ def isthmus_receiver(pipe: Pipe) -> None:
 
 
 def isthmus_sender(pipe: Pipe) -> None:
+    """Send forward messages as the edge does."""
     from wire.config import WireConfig
     from wire.messages import Forward, Open
     from wire.transport import connect, run
@@ -106,11 +108,16 @@ def isthmus_sender(pipe: Pipe) -> None:
 
 
 def receive_exactly(sock: socket.socket, view: memoryview) -> None:
+    """Fill the view, or fail where the peer has gone."""
     while view.nbytes:
-        view = view[sock.recv_into(view) :]
+        received = sock.recv_into(view)
+        if not received:
+            raise EOFError("the sender has closed its connection")
+        view = view[received:]
 
 
 def raw_receiver(pipe: Pipe) -> None:
+    """Receive header and payload with blocking calls, into one buffer again and again."""
     with socket.create_server((LOOPBACK, 0)) as listener:
         pipe.send(listener.getsockname()[1])
         sock, _ = listener.accept()
@@ -128,6 +135,7 @@ def raw_receiver(pipe: Pipe) -> None:
 
 
 def raw_sender(pipe: Pipe) -> None:
+    """Send header and payload with one gathering call."""
     with socket.create_connection((LOOPBACK, pipe.recv())) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         pipe.send(None)
@@ -147,6 +155,7 @@ def raw_sender(pipe: Pipe) -> None:
 
 
 def gloo_receiver(pipe: Pipe) -> None:
+    """Receive with `torch.distributed`'s point-to-point call."""
     import torch.distributed as dist
 
     with socket.create_server((LOOPBACK, 0)) as probe:
@@ -164,6 +173,7 @@ def gloo_receiver(pipe: Pipe) -> None:
 
 
 def gloo_sender(pipe: Pipe) -> None:
+    """Send with `torch.distributed`'s point-to-point call."""
     import torch.distributed as dist
 
     port = pipe.recv()
@@ -184,6 +194,7 @@ def gloo_sender(pipe: Pipe) -> None:
 
 
 def zmq_receiver(pipe: Pipe) -> None:
+    """Receive frames of two parts without a copy."""
     import zmq
 
     with zmq.Context() as context, context.socket(zmq.PAIR) as sock:
@@ -198,6 +209,7 @@ def zmq_receiver(pipe: Pipe) -> None:
 
 
 def zmq_sender(pipe: Pipe) -> None:
+    """Send frames of two parts without a copy."""
     import zmq
 
     with zmq.Context() as context, context.socket(zmq.PAIR) as sock:
@@ -220,6 +232,7 @@ GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message
 
 
 def grpc_receiver(pipe: Pipe) -> None:
+    """Serve a client-streaming call that takes raw bytes."""
     from concurrent.futures import ThreadPoolExecutor
 
     import grpc
@@ -242,6 +255,7 @@ def grpc_receiver(pipe: Pipe) -> None:
 
 
 def grpc_sender(pipe: Pipe) -> None:
+    """Stream raw bytes."""
     import grpc
 
     with grpc.insecure_channel(f"{LOOPBACK}:{pipe.recv()}", options=GRPC_OPTIONS) as channel:
