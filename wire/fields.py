@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 MAX_ITEMS = 65_536
+MAX_KEYS = 4096
 MAX_DEPTH = 16
 _MAX_INT = 2**63 - 1
 _MAX_LEAF = 2**48
@@ -78,8 +79,14 @@ def _is_plain(value: Any, depth: int = MAX_DEPTH) -> bool:
     if depth == 0:
         return False
     if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
-    return isinstance(value, (list, tuple)) and all(_is_plain(v, depth - 1) for v in value)
+        return len(value) <= MAX_KEYS and all(
+            isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items()
+        )
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) <= MAX_ITEMS
+        and all(_is_plain(v, depth - 1) for v in value)
+    )
 
 
 def _is_desc(desc: Any, depth: int = MAX_DEPTH) -> bool:

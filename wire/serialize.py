@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import msgpack
 
 from wire.errors import CorruptPayload, HeaderError, LocalProtocolError
-from wire.fields import MAX_ITEMS, fits
+from wire.fields import MAX_ITEMS, MAX_KEYS, fits
 from wire.frames import Frame, Limits, encode_frame_head
 from wire.messages import MESSAGE_TYPES, RULES, Backward, Buffer, Forward, Message, Payload, Weights
 
 __all__ = ["decode", "encode"]
 
 _WITH_PAYLOAD = frozenset({Weights, Forward, Backward})
+_SHORT = reprlib.Repr()  # what a peer sends may be long, and too deep for repr
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def encode(message: Message, limits: Limits) -> tuple[list[Buffer], int]:
@@ -34,7 +37,10 @@ def encode(message: Message, limits: Limits) -> tuple[list[Buffer], int]:
         header[name] = value = getattr(message, name)
         if not rule.accepts(value):
             raise LocalProtocolError(f"{kind}.{name} has to be {rule.wanted}; it is {_show(value)}")
-    packed: bytes = msgpack.packb(header)
+    try:
+        packed: bytes = msgpack.packb(header)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise LocalProtocolError(f"a {kind} message holds what msgpack does not carry: {error}") from None
     if len(packed) > limits.max_header:
         raise LocalProtocolError(
             f"the {kind} header takes {len(packed)} bytes; the peer accepts {limits.max_header}"
@@ -70,7 +76,7 @@ def decode(frame: Frame) -> Message:
         raise HeaderError(f"unknown kind of message: {_show(kind)}")
     rules = RULES[message_type]
     if header.keys() != rules.keys():
-        missing, extra = sorted(rules.keys() - header.keys()), sorted(header.keys() - rules.keys())
+        missing, extra = sorted(rules.keys() - header.keys()), sorted(header.keys() - rules.keys(), key=repr)
         raise HeaderError(f"{kind} message: missing fields {missing}, unknown fields {_show(extra)}")
     for name, rule in rules.items():
         if not rule.accepts(header[name]):
@@ -94,11 +100,10 @@ def _unpack(packed: bytes) -> dict[str, Any]:
             packed,
             raw=False,
             strict_map_key=True,
-            max_str_len=65_536,
-            max_bin_len=65_536,
-            max_array_len=MAX_ITEMS,
-            max_map_len=4096,
+            max_array_len=min(MAX_ITEMS, len(packed)),  # lists are allocated as declared, before their items
+            max_map_len=MAX_KEYS,
             max_ext_len=0,
+            ext_hook=_refuse_extension,
         )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise HeaderError(
@@ -122,6 +127,10 @@ def _buffers(payload: Payload) -> tuple[list[memoryview], int]:
     return buffers, total
 
 
+def _refuse_extension(code: int, data: bytes) -> None:
+    raise ValueError(f"extension type {code}")
+
+
 def _show(value: object) -> str:
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,185 @@
+"""Two protocol ends joined by a link that is nothing but bytes, and one message of every kind."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgpack
+
+from wire.buffers import BufferPool
+from wire.config import WireConfig
+from wire.frames import Frame, FrameReader, Limits, encode_frame_head
+from wire.messages import (
+    Abort,
+    Backward,
+    Begin,
+    Bye,
+    Commit,
+    Committed,
+    Error,
+    Fetch,
+    Forward,
+    Hello,
+    Message,
+    Open,
+    Ping,
+    Pong,
+    Ready,
+    Weights,
+    Welcome,
+)
+from wire.protocol import Phase, Protocol, Role
+from wire.serialize import encode
+
+ROOMY = Limits(max_header=1 << 20, max_payload=1 << 30)
+
+DESC = {"dtype": "float32", "shape": [2, 3], "order": "C", "size": 24}
+PAYLOAD = bytes(range(24)) + bytes(40)
+
+SAMPLES: dict[str, Message] = {
+    message.kind: message
+    for message in (
+        Hello([1], "test/1", 1 << 20, 1 << 30),
+        Welcome(1, "test/1", 1 << 20, 1 << 30, "0123456789abcdef", 5.0, "cpu"),
+        Open({"model": {"name": "net"}, "cuts": ["a", "b"]}),
+        Ready(True, "cpu", "contiguous", {"torch": "2.11"}),
+        Weights(0, True, ["w"], [DESC], PAYLOAD),
+        Fetch("weights"),
+        Begin(1, 2, False),
+        Forward(1, 0, False, ["x"], [DESC], PAYLOAD),
+        Backward(1, 1, ["x"], [DESC], 2.5, PAYLOAD),
+        Commit(1, 0.5),
+        Committed(1, {"busy_s": {"compute": 0.25}}),
+        Abort(1, "the loss is nan"),
+        Ping(123),
+        Pong(123, 456, 789),
+        Error("bad_frame", "what was that?"),
+        Bye("done"),
+    )
+}
+
+
+def to_bytes(message: Message) -> bytes:
+    """A message's whole frame, whatever phase it belongs to."""
+    return joined(encode(message, ROOMY)[0])
+
+
+def joined(buffers: Iterable[Any]) -> bytes:
+    return b"".join(bytes(buffer) for buffer in buffers)
+
+
+def frame(header: object, payload: bytes = b"") -> bytes:
+    """A frame around any header."""
+    return encode_frame_head(msgpack.packb(header), len(payload)) + payload
+
+
+def as_sent(message: Message) -> dict[str, Any]:
+    """A message's fields with the payload as bytes and sequences as lists, to compare what was sent with what came."""
+    fields = {name: getattr(message, name) for name in message.__slots__}
+    if "payload" in fields:
+        payload = fields["payload"]
+        fields["payload"] = joined(payload) if isinstance(payload, list | tuple) else bytes(payload)
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    return {"kind": message.kind, **plain}
+
+
+class CountingPool(BufferPool):
+    """A pool that notes what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[int] = []
+
+    def take(self, nbytes: int) -> memoryview:
+        self.taken.append(nbytes)
+        return super().take(nbytes)
+
+
+def read_frames(reader: FrameReader, data: bytes, pieces: Iterable[int] = ()) -> list[Frame]:
+    """Feed a stream in pieces of the given sizes, the rest as large as the reader takes."""
+    frames: list[Frame] = []
+    sizes = iter(pieces)
+    unread = memoryview(data)
+    while unread:
+        buffer = reader.next_buffer()
+        count = min(len(buffer), len(unread), next(sizes, len(unread)))
+        buffer[:count] = unread[:count]
+        reader.advance(count)
+        unread = unread[count:]
+        while (found := reader.next_frame()) is not None:
+            frames.append(found)
+    return frames
+
+
+def feed(end: Protocol, data: bytes) -> list[Message]:
+    """Let an end receive bytes; returns what its application sees."""
+    messages: list[Message] = []
+    unread = memoryview(data)
+    while unread:
+        buffer = end.next_buffer()
+        count = min(len(buffer), len(unread))
+        buffer[:count] = unread[:count]
+        end.advance(count)
+        unread = unread[count:]
+        while (message := end.next_message()) is not None:
+            messages.append(message)
+    return messages
+
+
+class ProtocolPair:
+    """A client and a server, in memory.
+
+    Attributes:
+        now_ns: what both clocks show, but for `server_ahead_ns`.
+    """
+
+    def __init__(
+        self,
+        client: WireConfig | None = None,
+        server: WireConfig | None = None,
+        *,
+        server_ahead_ns: int = 0,
+    ) -> None:
+        self.now_ns = 0
+        self.client = Protocol(Role.CLIENT, client or WireConfig(), lambda: self.now_ns)
+        self.server = Protocol(Role.SERVER, server or WireConfig(), lambda: self.now_ns + server_ahead_ns)
+
+    def end(self, role: Role) -> Protocol:
+        return self.client if role is Role.CLIENT else self.server
+
+    def other(self, end: Protocol) -> Protocol:
+        return self.server if end is self.client else self.client
+
+    def send(self, end: Protocol, message: Message) -> list[Message]:
+        """Send a message and let the other end receive it."""
+        buffers, size = end.send(message)
+        data = joined(buffers)
+        assert len(data) == size
+        return feed(self.other(end), data)
+
+    def deliver_replies(self, *, delay_ns: int = 0) -> list[str]:
+        """Deliver what the ends send of their own accord, until both are still; returns the kinds, in order."""
+        kinds = []
+        while replies := [(end, reply) for end in (self.client, self.server) for reply in end.take_replies()]:
+            self.now_ns += delay_ns
+            for end, reply in replies:
+                kinds.append(reply.kind)
+                self.send(end, reply)
+        return kinds
+
+    def bring_to(self, phase: Phase) -> "ProtocolPair":
+        """Bring both ends to a phase."""
+        self.client.take_replies() if phase is Phase.START else None
+        steps: list[tuple[Phase, Callable[[], object]]] = [
+            (Phase.START, lambda: None),
+            (Phase.GREETED, lambda: self.send(self.client, *self.client.take_replies())),
+            (Phase.WELCOMED, lambda: self.send(self.server, *self.server.take_replies())),
+            (Phase.OPENING, lambda: self.send(self.client, SAMPLES["open"])),
+            (Phase.RUNNING, lambda: self.send(self.server, SAMPLES["ready"])),
+            (Phase.CLOSED, lambda: self.send(self.client, SAMPLES["bye"])),
+        ]
+        for reached, step in steps:
+            step()
+            if reached is phase:
+                break
+        assert self.client.phase is self.server.phase is phase
+        return self

@@ -1,0 +1,307 @@
+"""Frames: cutting a stream of bytes."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.wire.pair import ROOMY, SAMPLES, CountingPool, read_frames, to_bytes
+from wire.errors import ForeignProtocol, FrameError, LimitExceeded, RemoteProtocolError
+from wire.frames import PRELUDE_SIZE, Frame, FrameReader, Limits, encode_frame_head, padding
+
+LIMITS = Limits(max_header=100, max_payload=1000)
+
+
+def prelude(
+    header: bytes,
+    payload_len: int,
+    *,
+    magic: bytes = b"ISTH",
+    frame_format: int = 1,
+    flags: int = 0,
+    reserved: int = 0,
+    header_len: int | None = None,
+) -> bytes:
+    """A prelude written from the protocol's description alone."""
+    fields = struct.pack(
+        "!4sBBHIQ",
+        magic,
+        frame_format,
+        flags,
+        reserved,
+        len(header) if header_len is None else header_len,
+        payload_len,
+    )
+    return fields + struct.pack("!I", zlib.crc32(fields + header))
+
+
+def whole(header: bytes, payload: bytes = b"") -> bytes:
+    return encode_frame_head(header, len(payload)) + payload
+
+
+def contents(frames: list[Frame]) -> list[tuple[bytes, bytes, int]]:
+    return [(frame.header, bytes(frame.payload), frame.size) for frame in frames]
+
+
+def test_head_of_a_frame_is_as_described() -> None:
+    head = encode_frame_head(b"header", 77)
+    assert head == prelude(b"header", 77) + b"header"
+    assert head[:20].hex() == "49535448" + "01" + "00" + "0000" + "00000006" + "000000000000004d"
+
+
+def test_checksum_is_that_of_zlib_over_prelude_and_header() -> None:
+    head = encode_frame_head(b"header", 77)
+    assert int.from_bytes(head[20:24], "big") == zlib.crc32(head[:20] + b"header")
+
+
+def test_frame_is_read_back() -> None:
+    (frame,) = read_frames(FrameReader(LIMITS), whole(b"header", b"payload"))
+    assert frame.header == b"header"
+    assert frame.payload == b"payload"
+    assert frame.size == PRELUDE_SIZE + 6 + 7
+
+
+def test_frame_without_header_and_payload_is_a_frame() -> None:
+    assert contents(read_frames(FrameReader(LIMITS), whole(b"") * 3)) == [(b"", b"", 24)] * 3
+
+
+def test_frames_that_come_at_once_are_all_read() -> None:
+    stream = whole(b"a") + whole(b"b", b"payload") + whole(b"c", bytes(900)) + whole(b"d")
+    headers = [frame.header for frame in read_frames(FrameReader(LIMITS), stream)]
+    assert headers == [b"a", b"b", b"c", b"d"]
+
+
+def test_stream_that_comes_byte_by_byte_gives_the_same_frames() -> None:
+    stream = whole(b"a", b"xyz") + whole(b"b" * 100, bytes(1000)) + whole(b"c")
+    piecewise = read_frames(FrameReader(LIMITS), stream, [1] * len(stream))
+    assert contents(piecewise) == contents(read_frames(FrameReader(LIMITS), stream))
+
+
+def test_header_larger_than_what_is_read_at_once_arrives_whole() -> None:
+    header = bytes(range(256)) * 400
+    reader = FrameReader(ROOMY)
+    stream = whole(b"small", b"p" * 5000) + whole(header, b"payload") + whole(b"after")
+    frames = read_frames(reader, stream, [777] * 1000)
+    assert [frame.header for frame in frames] == [b"small", header, b"after"]
+
+
+def test_memory_of_a_large_header_is_let_go() -> None:
+    reader = FrameReader(ROOMY)
+    read_frames(reader, whole(bytes(1 << 20)))
+    assert len(reader.next_buffer()) <= 1 << 13
+
+
+def test_next_buffer_is_never_empty_while_frames_are_taken_out() -> None:
+    reader = FrameReader(ROOMY)
+    for _ in range(500):
+        read_frames(reader, whole(b"x" * 37, b"y" * 11), [13] * 100)
+        assert len(reader.next_buffer()) > 0
+
+
+def test_payload_stays_where_it_was_received() -> None:
+    reader = FrameReader(ROOMY)
+    payload = bytes(range(256)) * 1000
+    assert read_frames(reader, whole(b"header", payload)[:PRELUDE_SIZE]) == []
+    assert read_frames(reader, b"header") == []
+    received_into = np.frombuffer(reader.next_buffer(), np.uint8)
+    (frame,) = read_frames(reader, payload)
+    kept = np.frombuffer(frame.payload, np.uint8)
+    assert kept.__array_interface__["data"] == received_into.__array_interface__["data"]
+
+
+def test_payload_is_writable_and_aligned() -> None:
+    frames = read_frames(FrameReader(ROOMY), b"".join(whole(b"h", bytes(n)) for n in (1, 100, 5000, 100_000)))
+    for frame in frames:
+        assert not frame.payload.readonly
+        assert np.frombuffer(frame.payload, np.uint8).__array_interface__["data"][0] % 64 == 0
+
+
+def test_payloads_of_frames_that_are_kept_do_not_change() -> None:
+    reader = FrameReader(ROOMY)
+    frames = [read_frames(reader, whole(b"h", bytes([n]) * 40_000))[0] for n in range(8)]
+    assert all(bytes(frame.payload) == bytes([n]) * 40_000 for n, frame in enumerate(frames))
+
+
+def test_payloads_that_nobody_keeps_share_one_buffer() -> None:
+    reader = FrameReader(ROOMY)
+    addresses = set()
+    for _ in range(8):
+        (frame,) = read_frames(reader, whole(b"h", bytes(40_000)))
+        addresses.add(np.frombuffer(frame.payload, np.uint8).__array_interface__["data"][0])
+        del frame
+    assert len(addresses) == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (prelude(b"", 0, frame_format=2), "format 2"),
+        (prelude(b"", 0, flags=1), "flags 1"),
+        (prelude(b"", 0, reserved=1), "reserved 1"),
+        (prelude(b"xy", 0) + b"xz", "checksum"),
+        (prelude(b"xy", 0)[:-1] + b"\x00" + b"xy", "checksum"),
+    ],
+)
+def test_bytes_that_are_no_frame_are_refused(broken: bytes, says: str) -> None:
+    with pytest.raises(FrameError, match=says):
+        read_frames(FrameReader(LIMITS), broken)
+
+
+def test_wrong_magic_at_the_start_is_another_protocol() -> None:
+    with pytest.raises(ForeignProtocol, match="does not speak") as caught:
+        read_frames(FrameReader(LIMITS), b"SSH-2.0-OpenSSH")
+    assert not caught.value.http
+
+
+@pytest.mark.parametrize("first", [b"HTTP/1.1 400", b"GET / HTTP", b"POST", b"PRI * HTTP/2.0"])
+def test_http_is_known_by_its_first_four_bytes(first: bytes) -> None:
+    with pytest.raises(ForeignProtocol, match="HTTP") as caught:
+        read_frames(FrameReader(LIMITS), first[:4], [1] * 4)
+    assert caught.value.http
+
+
+def test_wrong_magic_later_is_a_damaged_stream() -> None:
+    with pytest.raises(FrameError, match="damaged") as caught:
+        read_frames(FrameReader(LIMITS), whole(b"a") + prelude(b"", 0, magic=b"GET "))
+    assert not isinstance(caught.value, ForeignProtocol)
+
+
+@pytest.mark.parametrize(
+    ("what", "header_len", "payload_len"),
+    [("header", 101, 0), ("header", 2**32 - 1, 0), ("payload", 0, 1001), ("payload", 0, 2**64 - 1)],
+)
+def test_declared_size_above_the_limit_is_refused_before_anything_is_allocated(
+    what: str, header_len: int, payload_len: int
+) -> None:
+    pool = CountingPool()
+    reader = FrameReader(LIMITS, pool)
+    with pytest.raises(LimitExceeded) as caught:
+        read_frames(reader, prelude(b"", payload_len, header_len=header_len))
+    assert (caught.value.what, caught.value.size) == (what, header_len or payload_len)
+    assert pool.taken == []
+    assert len(reader.next_buffer()) <= 1 << 13
+
+
+def test_sizes_at_the_limit_are_accepted() -> None:
+    stream = whole(bytes(100), bytes(1000))
+    assert contents(read_frames(FrameReader(LIMITS), stream)) == [(bytes(100), bytes(1000), 1124)]
+
+
+def test_nothing_is_allocated_for_a_payload_whose_header_is_damaged() -> None:
+    pool = CountingPool()
+    with pytest.raises(FrameError):
+        read_frames(FrameReader(LIMITS, pool), prelude(b"xy", 1000) + b"xz")
+    assert pool.taken == []
+
+
+def test_limits_may_change_between_frames() -> None:
+    reader = FrameReader(Limits(10, 0))
+    read_frames(reader, whole(b"a"))
+    reader.limits = LIMITS
+    assert len(read_frames(reader, whole(b"b" * 50, bytes(500)))) == 1
+
+
+def test_reader_knows_how_far_a_frame_has_come() -> None:
+    reader = FrameReader(LIMITS)
+    assert not reader.mid_frame
+    read_frames(reader, whole(b"header", bytes(100))[:10])
+    assert reader.mid_frame
+    assert reader.progress == "10 of at least 24 header bytes had arrived"
+    read_frames(reader, whole(b"header", bytes(100))[10:50])
+    assert reader.mid_frame
+    assert reader.progress == "20 of 100 payload bytes had arrived"
+    read_frames(reader, bytes(80))
+    assert not reader.mid_frame
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 65, 1000])
+def test_padding_leads_to_the_next_multiple_of_64(nbytes: int) -> None:
+    zeros = padding(nbytes)
+    assert (nbytes + len(zeros)) % 64 == 0
+    assert zeros == bytes(len(zeros))
+    assert len(zeros) < 64
+
+
+# For all inputs.
+
+FRAMES = st.lists(
+    st.tuples(
+        st.binary(max_size=100),
+        st.integers(0, 1000) | st.sampled_from([511, 512, 513, 4071, 4072, 4096, 5000]),
+    ),
+    max_size=6,
+)
+PIECES = st.lists(st.integers(1, 700), max_size=60)
+
+
+@settings(max_examples=150, deadline=None)
+@given(FRAMES, PIECES)
+def test_stream_gives_the_same_frames_however_it_is_cut(
+    parts: list[tuple[bytes, int]], pieces: list[int]
+) -> None:
+    sent = [(header, (header + b"payload")[:9] * (nbytes // 9 + 1)) for header, nbytes in parts]
+    sent = [(header, body[:nbytes]) for (header, body), (_, nbytes) in zip(sent, parts, strict=True)]
+    stream = b"".join(whole(header, payload) for header, payload in sent)
+    reader = FrameReader(ROOMY)
+    frames = read_frames(reader, stream, pieces)
+    assert [(frame.header, bytes(frame.payload)) for frame in frames] == sent
+    assert sum(frame.size for frame in frames) == len(stream)
+    assert not reader.mid_frame
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.booleans(), PIECES)
+def test_arbitrary_bytes_are_refused_with_a_typed_error_or_wait_for_more(
+    noise: bytes, after_a_frame: bool, pieces: list[int]
+) -> None:
+    pool = CountingPool()
+    reader = FrameReader(LIMITS, pool)
+    try:
+        read_frames(reader, (whole(b"a") if after_a_frame else b"") + noise, pieces)
+    except RemoteProtocolError:
+        pass
+    assert all(taken <= LIMITS.max_payload + 4096 for taken in pool.taken)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.binary(max_size=100), PIECES)
+def test_whatever_sizes_are_declared_nothing_is_allocated_beyond_the_limits(
+    header_len: int, payload_len: int, rest: bytes, pieces: list[int]
+) -> None:
+    pool = CountingPool()
+    reader = FrameReader(LIMITS, pool)
+    try:
+        read_frames(reader, prelude(rest, payload_len, header_len=header_len) + rest, pieces)
+    except RemoteProtocolError:
+        pass
+    assert all(taken <= LIMITS.max_payload + 4096 for taken in pool.taken)
+    assert len(reader.next_buffer()) <= 1 << 13
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(SAMPLES)), st.data())
+def test_truncated_frame_is_no_frame_yet(kind: str, data: st.DataObject) -> None:
+    stream = to_bytes(SAMPLES[kind])
+    reader = FrameReader(ROOMY)
+    assert read_frames(reader, stream[: data.draw(st.integers(0, len(stream) - 1))]) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(SAMPLES)), st.data())
+def test_single_changed_byte_of_prelude_or_header_is_always_noticed(kind: str, data: st.DataObject) -> None:
+    stream = bytearray(to_bytes(SAMPLES[kind]))
+    head_len = PRELUDE_SIZE + int.from_bytes(stream[8:12], "big")
+    at = data.draw(st.integers(0, head_len - 1))
+    stream[at] ^= data.draw(st.integers(1, 255))
+    reader = FrameReader(ROOMY)
+    try:
+        frames = read_frames(reader, bytes(stream))
+    except RemoteProtocolError:
+        return
+    # A changed length asks for more than there is, which the checksum will tell once it has come.
+    assert 8 <= at < 20
+    assert frames == []
+    assert reader.mid_frame
