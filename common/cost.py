@@ -11,6 +11,7 @@ work at once, each runs at 1/k of its speed. Where both sides share cores, so do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -47,9 +48,8 @@ class Message:
     decode_s: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse negative costs."""
-        if min(self.size_bytes, self.encode_s, self.decode_s) < 0:
-            raise ValueError(f"costs are not negative: {self}")
+        """Refuse costs that no clock shows: a simulation of them would never end."""
+        _check_costs(self, self.size_bytes, self.encode_s, self.decode_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,8 @@ class ChunkCost:
     messages: Mapping[str, Message]
 
     def __post_init__(self) -> None:
-        """Refuse negative costs."""
-        if any(seconds < 0 for seconds in self.seconds.values()):
-            raise ValueError(f"costs are not negative: {self}")
+        """Refuse costs that no clock shows: a simulation of them would never end."""
+        _check_costs(self, *self.seconds.values())
 
     def scaled(self, share: float) -> ChunkCost:
         """Return the cost of a chunk with this share of the samples, as of an uneven last chunk."""
@@ -101,7 +100,7 @@ class Link:
 
     def __post_init__(self) -> None:
         """Refuse rates that carry nothing and delays into the past."""
-        if not (self.up_bit_s > 0 and self.down_bit_s > 0 and self.delay_s >= 0):
+        if not (self.up_bit_s > 0 and self.down_bit_s > 0 and 0 <= self.delay_s < math.inf):
             raise ValueError(f"a link has rates above 0 and a delay of 0 or more: {self}")
 
 
@@ -123,7 +122,7 @@ class StepModel:
 
     def __post_init__(self) -> None:
         """Refuse a step of nothing."""
-        if not self.chunks or self.update_s < 0:
+        if not self.chunks or not 0 <= self.update_s < math.inf:
             raise ValueError("a step has at least 1 chunk and an update of 0 seconds or more")
 
     @classmethod
@@ -179,6 +178,11 @@ class Work(NamedTuple):
     seconds: float
     delay_s: float = 0.0
     place: int = 0
+
+
+def _check_costs(owner: object, *costs: float) -> None:
+    if not all(0 <= cost < math.inf for cost in costs):
+        raise ValueError(f"costs are finite and not negative: {owner}")
 
 
 _TRAINING: Final = ("0F", "1F", "2T", "1B", "0B")

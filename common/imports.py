@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Iterable
 
-from common.errors import UserError
+from common.errors import IsthmusError, UserError
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -18,7 +18,13 @@ def import_modules(names: Iterable[str]) -> None:
             sys.path.insert(0, "")  # as `python -m` does
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except IsthmusError:
+            raise
+        except Exception as error:
+            # Whatever the module's own code raises.
+            reason = " ".join(str(error).split()) or "nothing more is known"
+            if not isinstance(error, ImportError):
+                reason = f"{type(error).__name__}: {reason}"
             raise UserError(
-                f"--import {name}: {error}; give a module that Python can import from here"
+                f"--import {name}: {reason}; give a module that Python can import from here"
             ) from error

@@ -54,7 +54,7 @@ class Timeline:
     def render(self, width: int = 100) -> str:
         """Draw a row for each lane that works; one column is `makespan_s` / width seconds.
 
-        A span shows its action where it is wide enough, else the last letters of it that fit.
+        A span shows its action where it is wide enough.
         """
         rows = []
         for lane in LANES:
