@@ -39,6 +39,7 @@ def allocate_numpy(nbytes: int) -> NDArray[np.uint8]:
 @dataclass(slots=True)
 class _Block:
     owner: NDArray[np.uint8]
+    size: int  # that was asked for, without what alignment takes
     skip: int  # bytes from its start to the first aligned one
     last_take: int
 
@@ -59,7 +60,7 @@ class BufferPool:
         self._blocks: dict[int, list[_Block]] = {}  # by size class
         self._count = 0
         self._takes = 0
-        unused = _Block(np.empty(0, dtype=np.uint8), 0, 0)
+        unused = _Block(np.empty(0, dtype=np.uint8), 0, 0, 0)
         self._idle_count = sys.getrefcount(unused.owner)  # measured, for it is not the same in every Python
 
     def take(self, nbytes: int) -> memoryview:
@@ -85,7 +86,7 @@ class BufferPool:
 
     def _new(self, nbytes: int) -> _Block:
         owner: NDArray[np.uint8] = np.frombuffer(self._allocate(nbytes + ALIGNMENT), dtype=np.uint8)
-        return _Block(owner, -owner.__array_interface__["data"][0] % ALIGNMENT, self._takes)
+        return _Block(owner, nbytes, -owner.__array_interface__["data"][0] % ALIGNMENT, self._takes)
 
     def _idle(self) -> list[_Block]:
         blocks = [block for kept in self._blocks.values() for block in kept]
@@ -96,7 +97,7 @@ class BufferPool:
         idle = sorted(self._idle(), key=lambda block: block.last_take)
         for old in idle:
             if self._count >= self._max_buffers or old.last_take < self._takes - _KEPT_TAKES:
-                kept = self._blocks[_size_class(old.owner.nbytes - ALIGNMENT)]
+                kept = self._blocks[old.size]
                 kept[:] = [other for other in kept if other is not old]
                 self._count -= 1
         if self._count < self._max_buffers:

@@ -1,0 +1,164 @@
+"""What is sent first."""
+
+import asyncio
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wire.errors import ConnectionLost
+from wire.messages import MESSAGE_TYPES
+from wire.outbox import Outbox, SendReceipt
+
+URGENT = ["ping", "pong", "error", "abort"]
+MOVABLE = ["backward", "forward", "weights"]
+ORDERING = sorted(set(MESSAGE_TYPES) - {*URGENT, *MOVABLE})
+
+
+def receipt(data: bytes = b"") -> SendReceipt:
+    return SendReceipt([data], len(data), asyncio.Future)
+
+
+def order(*kinds: str) -> list[str]:
+    """The order in which messages of these kinds leave, numbered as they came."""
+    outbox = Outbox()
+    named = {}
+    for number, kind in enumerate(kinds):
+        one = receipt()
+        named[id(one)] = one, f"{kind} {number}"
+        outbox.push(kind, one)
+    assert len(outbox) == len(kinds)
+    return [named[id(outbox.pop())][1] for _ in kinds]
+
+
+def test_messages_of_a_kind_keep_their_order() -> None:
+    for kind in MESSAGE_TYPES:
+        assert order(kind, kind, kind) == [f"{kind} 0", f"{kind} 1", f"{kind} 2"]
+
+
+def test_backward_goes_before_forward_and_weights_go_last() -> None:
+    assert order("weights", "forward", "backward", "forward") == [
+        "backward 2",
+        "forward 1",
+        "forward 3",
+        "weights 0",
+    ]
+
+
+@pytest.mark.parametrize("kind", URGENT)
+def test_urgent_message_goes_before_everything(kind: str) -> None:
+    assert order("begin", "backward", "forward", "weights", "commit", kind)[0] == f"{kind} 5"
+
+
+@pytest.mark.parametrize("kind", ORDERING)
+@pytest.mark.parametrize("movable", MOVABLE)
+def test_nothing_passes_an_ordering_message_in_either_direction(kind: str, movable: str) -> None:
+    assert order("weights", kind, movable) == ["weights 0", f"{kind} 1", f"{movable} 2"]
+    assert order(movable, kind, "backward") == [f"{movable} 0", f"{kind} 1", "backward 2"]
+
+
+def test_step_keeps_its_shape() -> None:
+    assert order(
+        "commit", "begin", "forward", "forward", "backward", "commit", "begin", "backward", "bye"
+    ) == [
+        "commit 0",
+        "begin 1",
+        "backward 4",
+        "forward 2",
+        "forward 3",
+        "commit 5",
+        "begin 6",
+        "backward 7",
+        "bye 8",
+    ]
+
+
+def test_ordering_messages_of_any_kind_keep_their_order() -> None:
+    for one, other in itertools.permutations(ORDERING, 2):
+        assert order(one, other) == [f"{one} 0", f"{other} 1"]
+
+
+def test_urgent_messages_are_counted_apart() -> None:
+    outbox = Outbox()
+    for kind in ("forward", "ping", "begin", "abort"):
+        outbox.push(kind, receipt())
+    assert (len(outbox), outbox.urgent, outbox.ordinary) == (4, 2, 2)
+    outbox.pop()
+    assert (len(outbox), outbox.urgent, outbox.ordinary) == (3, 1, 2)
+    assert len(list(outbox.drain())) == 3
+    assert (len(outbox), outbox.urgent, outbox.ordinary) == (0, 0, 0)
+
+
+def test_nothing_is_taken_out_of_an_empty_outbox() -> None:
+    with pytest.raises(IndexError):
+        Outbox().pop()
+    assert list(Outbox().drain()) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(sorted(MESSAGE_TYPES)), max_size=20))
+def test_every_message_leaves_once_and_only_passes_what_it_may(kinds: list[str]) -> None:
+    left = [(kind, int(number)) for kind, number in map(str.split, order(*kinds))]
+    assert sorted(number for _, number in left) == list(range(len(kinds)))
+    place = {number: at for at, (_, number) in enumerate(left)}
+    for first, second in itertools.combinations(range(len(kinds)), 2):
+        if place[second] < place[first]:
+            passed, passing = kinds[first], kinds[second]
+            if passing in URGENT:
+                assert passed not in URGENT
+            else:
+                assert passing in MOVABLE
+                assert passed in MOVABLE
+                assert MOVABLE.index(passing) < MOVABLE.index(passed)
+
+
+# Receipts.
+
+
+def test_receipt_is_done_when_the_kernel_has_the_frame() -> None:
+    async def main() -> None:
+        one = receipt(b"data")
+        waiting = [asyncio.create_task(wait_for(one)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert one.buffers
+        assert one.end_ns is None
+        one.finish()
+        assert await asyncio.gather(*waiting) == [one] * 3
+        assert await one is one
+        assert one.buffers == []
+        assert one.end_ns is not None
+
+    asyncio.run(main())
+
+
+def test_receipt_of_a_frame_that_will_never_be_sent_raises() -> None:
+    async def main() -> None:
+        one = receipt()
+        waiting = asyncio.create_task(wait_for(one))
+        await asyncio.sleep(0)
+        one.finish(ConnectionLost("gone"))
+        for attempt in (waiting, wait_for(one)):
+            with pytest.raises(ConnectionLost, match="gone"):
+                await attempt
+        assert one.end_ns is None
+
+    asyncio.run(main())
+
+
+def test_one_who_stops_waiting_does_not_disturb_the_others() -> None:
+    async def main() -> None:
+        one = receipt()
+        patient, impatient = asyncio.create_task(wait_for(one)), asyncio.create_task(wait_for(one))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        await asyncio.sleep(0)
+        one.finish()
+        assert await patient is one
+        assert impatient.cancelled()
+
+    asyncio.run(main())
+
+
+async def wait_for(one: SendReceipt) -> SendReceipt:
+    return await one
