@@ -18,7 +18,7 @@ from collections.abc import Callable
 from wire.config import WireConfig
 from wire.errors import ConnectionLost, LocalProtocolError, WireError
 from wire.loop import Stream, Timer, Waiter, wake
-from wire.messages import Bye, Message
+from wire.messages import Bye, Error, Message
 from wire.outbox import Outbox, SendReceipt
 from wire.protocol import Protocol, Role
 from wire.sockets import explain_loss
@@ -124,8 +124,11 @@ class Channel:
         return message
 
     def leave(self, message: Message, failure: WireError) -> None:
-        """End because this end wants to, with a last message after everything that is queued."""
+        """End because this end wants to: with bye after everything that is queued, or with an error in its place."""
         if self.failure is None:
+            if isinstance(message, Error):
+                for receipt in self._outbox.drain():
+                    receipt.finish(failure)
             self.queue(message)
             self.end(failure)
             self.inbox.clear()

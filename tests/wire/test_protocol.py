@@ -20,7 +20,7 @@ from wire.errors import (
     VersionMismatch,
 )
 from wire.frames import Limits
-from wire.messages import MESSAGE_TYPES, Bye, Error, Forward, Hello, Open, Ping, Pong, Welcome
+from wire.messages import MESSAGE_TYPES, Bye, Forward, Hello, Open, Ping, Pong, Welcome
 from wire.protocol import TRANSITIONS, Phase, Protocol, Role
 
 KINDS = sorted(MESSAGE_TYPES)
@@ -383,15 +383,6 @@ def test_loss_says_whether_a_frame_was_under_way() -> None:
     feed(pair.server, data[5:-10])
     assert "54 of 64 payload bytes" in pair.server.receive_eof().reason
     assert ProtocolPair().bring_to(Phase.CLOSED).client.receive_eof().reason == "the connection was closed"
-
-
-def test_what_came_before_an_error_is_still_seen() -> None:
-    pair = ProtocolPair().bring_to(Phase.RUNNING)
-    seen = []
-    with pytest.raises(PeerError):
-        for message in (SAMPLES["forward"], SAMPLES["committed"], Error("internal_error", "sorry")):
-            seen += feed(pair.client, to_bytes(message))
-    assert [message.kind for message in seen] == ["forward", "committed"]
 
 
 def test_received_bytes_are_counted_headers_included() -> None:
