@@ -1,0 +1,530 @@
+"""What codecs do to real boundary tensors: GB/s of fp32 encoded and decoded, and bytes left.
+
+    python -m benchmarks.codecs [--quick] [--only CHAIN ...] [--rounds N]
+
+The tensors are those of MobileNetV2's preset for a chunk of 8 digits at 224 px, activations and gradients, at both
+cuts, without a bottleneck and with ``conv``; channels-last as the product has them, and for int8 also row-major.
+
+As in the product, a lane is one thread in which torch uses one core: "1 core" is one lane, "2 cores" are two at
+once, each with an encoder or decoder and tensors of its own, and "at once" is one that encodes beside one that
+decodes. Each lane goes round several tensors and keeps its last few results, as the link does until they are sent.
+Everything takes turns, and medians of all rounds are compared with references measured in the same run:
+
+- naive: int8 as one writes it in torch (amin and amax by channel, scale, round, clamp, uint8; and back), in a process
+  of its own as any program has it: glibc's malloc as it is, and torch with as many threads as there are cores;
+- tuned: the same in a lane of this process, which keeps freed memory as the product's do; not judged, it tells what
+  of the gain is memory and what is kernels;
+- memcpy: `numpy.copyto` of as many bytes of fp32 into memory that is there already, a roof for any codec.
+
+Targets, for int8 on two cores and the tensors without a bottleneck: encoding and decoding each reach 5 GB/s of fp32
+and 5 times the naive way. And for all: no page faults once running, that is, no new memory. What ``conv`` leaves is
+so little that a call's fixed cost outweighs its kernels: those tensors are judged by their time, which must stay
+below a fifth of a millisecond a call on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common.runtime import prepare_process, set_threads
+
+if __name__ == "__main__" and "--child" not in sys.argv:
+    prepare_process()  # before torch is imported, as both commands do
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.mobilenet_split import split_mobilenet_v2
+from benchmarks.product import clean_environment, machine, today
+from edge.data.datasets import open_dataset
+from edge.data.loader import eval_batches
+from wire.codecs.base import Role
+from wire.codecs.chain import Decoder, Encoded, Encoder, parse_chain
+from wire.codecs.registry import codec_names
+
+CHAINS = (*codec_names(), "int8+lz4")
+NAIVE, TUNED, MEMCPY = "naive", "tuned", "memcpy"
+JUDGED = "int8"
+TARGET_GB_S, TARGET_TIMES_NAIVE = 5.0, 5.0
+TARGET_SMALL_S = 2e-4
+MOST_FAULTS = 1.0
+"""Page faults a call: a new buffer of 3 MB would have 800."""
+
+CHUNK, IMAGE_SIZE = 8, 224
+TENSORS = 4
+"""Tensors that a lane goes round."""
+
+IN_FLIGHT = 2
+"""Results that a lane keeps: what is being sent, and what waits."""
+
+COLUMNS = ("encode", "decode", "encode_2", "decode_2", "encode_beside_decode", "decode_beside_encode")
+"""Measurements: on one core, on two, and of an encoder and a decoder at once."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """One tensor that crosses.
+
+    Attributes:
+        name: where it crosses and what it is.
+        x: the tensor.
+        role: what it is to training.
+        bottleneck: what made it narrow, or ``none``.
+    """
+
+    name: str
+    x: Tensor
+    role: Role
+    bottleneck: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor as fp32."""
+        return self.x.numel() * 4
+
+    @property
+    def label(self) -> str:
+        """The tensor's name, shape and order, in one string."""
+        order = "NHWC" if self.x.is_contiguous(memory_format=torch.channels_last) else "NCHW"
+        return f"{self.name} {list(self.x.shape)} {order}"
+
+
+def boundaries(bottleneck: str) -> Iterator[Boundary]:
+    """The four tensors that cross in a step of one chunk: activations and gradients at both cuts."""
+    dataset = open_dataset("digits", seed=0)
+    loaded = eval_batches(
+        dataset.test, batch_size=CHUNK, image_size=IMAGE_SIZE, normalise=dataset.normalise, channels_last=True
+    )
+    with loaded as batches:
+        batch = batches.get()
+    assert batch is not None
+    split = split_mobilenet_v2(bottleneck)
+    front = split.front(batch.inputs[0])
+    sent1 = front.detach().requires_grad_()
+    middle = split.middle(sent1)
+    sent2 = middle.detach().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(split.back(sent2), batch.labels)
+    torch.autograd.backward(loss)
+    torch.autograd.backward(middle, sent2.grad)
+    title = "" if bottleneck == "none" else f" behind {bottleneck}"
+    for cut, sent in ((1, sent1), (2, sent2)):
+        assert sent.grad is not None
+        for role, x in ((Role.ACTIVATION, sent.detach()), (Role.GRADIENT, sent.grad)):
+            channels_last = x.contiguous(memory_format=torch.channels_last)
+            yield Boundary(f"cut {cut}{title}, {role.value}", channels_last, role, bottleneck)
+
+
+def all_boundaries() -> list[Boundary]:
+    """Every tensor that is measured: each channels-last, and then row-major."""
+    return [
+        replace(boundary, x=x)
+        for bottleneck in ("none", "conv")
+        for boundary in boundaries(bottleneck)
+        for x in (boundary.x, boundary.x.contiguous())
+    ]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one thread repeats, and what it makes of a tensor.
+
+    Attributes:
+        encode: encodes the next tensor, and returns what must live until it is sent.
+        decode: decodes the next message; None where the two are one.
+        sent_bytes: that one encoded tensor has.
+    """
+
+    encode: Callable[[], object]
+    decode: Callable[[], object] | None
+    sent_bytes: int
+
+
+def codec_lane(chain: str, boundary: Boundary) -> Lane:
+    """Encode and decode as the product does."""
+    stages = parse_chain(chain)
+    encoder, decoder = Encoder(stages, boundary.role), Decoder(stages, boundary.role)
+    tensors = itertools.cycle([boundary.x.clone() for _ in range(TENSORS)])
+    seeds = itertools.count()
+    encoded = encoder.encode(boundary.x, seed=0)
+    received = itertools.cycle([bytearray(b"".join(encoded.buffers)) for _ in range(TENSORS)])
+
+    def encode() -> Encoded:
+        return encoder.encode(next(tensors), seed=next(seeds))
+
+    def decode() -> Tensor:
+        return decoder.decode(encoded.desc, next(received))[0]
+
+    return Lane(encode, decode, encoded.size)
+
+
+def naive_encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize by channel, one operation after the other."""
+    low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+    scale = (high - low).clamp(min=1e-30) / 255
+    return ((x - low) / scale).round().clamp(0, 255).to(torch.uint8), low, scale
+
+
+def naive_decode(q: Tensor, low: Tensor, scale: Tensor) -> Tensor:
+    """Back from what `naive_encode` made."""
+    return q.float() * scale + low
+
+
+def naive_lane(boundary: Boundary) -> Lane:
+    """The reference that int8 is compared with. Gradients are not even rounded stochastically."""
+    tensors = itertools.cycle([boundary.x.clone() for _ in range(TENSORS)])
+    messages = itertools.cycle([naive_encode(next(tensors)) for _ in range(TENSORS)])
+    return Lane(
+        lambda: naive_encode(next(tensors)),
+        lambda: naive_decode(*next(messages)),
+        boundary.x.numel(),
+    )
+
+
+def memcpy_lane(boundary: Boundary) -> Lane:
+    """The roof: as many bytes of fp32 from one place to another."""
+    size = boundary.x.numel()
+    sources = itertools.cycle([np.zeros(size, np.float32) for _ in range(TENSORS)])
+    targets = itertools.cycle([np.zeros(size, np.float32) for _ in range(TENSORS)])
+    return Lane(lambda: np.copyto(next(targets), next(sources)), None, size * 4)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a lane did in a while.
+
+    Attributes:
+        calls_s: calls a second.
+        faults: page faults a call.
+    """
+
+    calls_s: float
+    faults: float
+
+
+def repeat(work: Callable[[], object], seconds: float) -> Speed:
+    """Repeat work for a while, in the calling thread."""
+    kept: deque[object] = deque(maxlen=IN_FLIGHT)
+    for _ in range(IN_FLIGHT + 1):
+        kept.append(work())
+    faults = thread_faults()
+    began = time.perf_counter()
+    calls = 0
+    while (elapsed := time.perf_counter() - began) < seconds:
+        kept.append(work())
+        calls += 1
+    return Speed(calls / elapsed, (thread_faults() - faults) / calls)
+
+
+def thread_faults() -> int:
+    """Page faults of the calling thread so far; 0 where the system does not count them by thread."""
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    except (ImportError, AttributeError):
+        return 0
+
+
+class Pair:
+    """Two lanes' threads, which work at once or one alone."""
+
+    def __init__(self) -> None:
+        self._threads = [
+            ThreadPoolExecutor(1, thread_name_prefix="lane", initializer=set_threads, initargs=(1,))
+            for _ in range(2)
+        ]
+
+    def run(self, works: Sequence[Callable[[], object]], seconds: float) -> list[Speed]:
+        """Repeat each of up to two pieces of work for a while, all at once."""
+        running = [
+            thread.submit(repeat, work, seconds) for thread, work in zip(self._threads, works, strict=False)
+        ]
+        return [future.result() for future in running]
+
+    def close(self) -> None:
+        """End the threads."""
+        for thread in self._threads:
+            thread.shutdown()
+
+
+@contextmanager
+def lane_threads() -> Iterator[Pair]:
+    """Two threads for the time of a block."""
+    pair = Pair()
+    try:
+        yield pair
+    finally:
+        pair.close()
+
+
+class PlainProcess:
+    """The naive way in a process without any of the product's set-up, which measures when asked to."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "benchmarks.codecs", "--child"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment()
+        )
+
+    def measure(self, index: int, seconds: float) -> dict[str, Speed]:
+        """Encode and decode one of `all_boundaries` on one core and on all, for a while each."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{index} {seconds}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the process that quantizes the naive way has ended")
+        return {what: Speed(**speed) for what, speed in json.loads(answer).items()}
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def child() -> None:
+    """For each line of standard input, measure the naive way, and print its speeds."""
+    cores = set_threads()
+    known = all_boundaries()
+    for line in sys.stdin:
+        index, seconds = line.split()
+        lane = naive_lane(known[int(index)])
+        assert lane.decode is not None
+        speeds = {}
+        for what, work, threads in (
+            ("encode", lane.encode, 1),
+            ("decode", lane.decode, 1),
+            ("encode_2", lane.encode, cores),
+            ("decode_2", lane.decode, cores),
+        ):
+            torch.set_num_threads(threads)
+            speeds[what] = asdict(repeat(work, float(seconds)))
+        print(json.dumps(speeds), flush=True)
+
+
+class Contender:
+    """One way to carry one tensor; its measurements so far, in GB/s of fp32.
+
+    Args:
+        name: the codecs' chain, or a reference's.
+        boundary: the tensor.
+        round: takes all measurements once, each for so many seconds.
+        sent_bytes: what the tensor is encoded to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        boundary: Boundary,
+        round: Callable[[float], dict[str, Sequence[Speed]]],
+        sent_bytes: int,
+    ) -> None:
+        self.name = name
+        self._boundary, self._round, self._sent_bytes = boundary, round, sent_bytes
+        self._rates: dict[str, list[float]] = {}
+        self._faults: dict[str, list[float]] = {}
+
+    def measure(self, seconds: float) -> None:
+        """Take one round of all measurements."""
+        for what, speeds in self._round(seconds).items():
+            rate = sum(speed.calls_s for speed in speeds) * self._boundary.nbytes / 1e9
+            self._rates.setdefault(what, []).append(rate)
+            self._faults.setdefault(what, []).append(max(speed.faults for speed in speeds))
+
+    def row(self) -> dict[str, Any]:
+        """Medians: GB/s by measurement, the most page faults a call, and the share of bytes that is sent."""
+        return {
+            "tensor": self._boundary.label,
+            "bottleneck": self._boundary.bottleneck,
+            "role": self._boundary.role.value,
+            "codec": self.name,
+            "fp32_bytes": self._boundary.nbytes,
+            "rate": self._sent_bytes / self._boundary.nbytes,
+            "gb_per_s": {what: statistics.median(rates) for what, rates in self._rates.items()},
+            "faults": max(statistics.median(faults) for faults in self._faults.values()),
+        }
+
+
+def lanes_round(pair: Pair, lanes: Sequence[Lane], seconds: float) -> dict[str, Sequence[Speed]]:
+    """Measure two lanes that do the same: one alone, both, and one encoding while the other decodes."""
+    one, two = lanes
+    speeds = {
+        "encode": pair.run([one.encode], seconds),
+        "encode_2": pair.run([one.encode, two.encode], seconds),
+    }
+    if one.decode is None or two.decode is None:
+        return speeds
+    speeds["decode"] = pair.run([one.decode], seconds)
+    speeds["decode_2"] = pair.run([one.decode, two.decode], seconds)
+    together = pair.run([one.encode, two.decode], seconds)
+    return speeds | {"encode_beside_decode": together[:1], "decode_beside_encode": together[1:]}
+
+
+def in_lanes(pair: Pair, name: str, boundary: Boundary, make: Callable[[Boundary], Lane]) -> Contender:
+    """A contender that runs in this process's two lanes."""
+    lanes = [make(boundary), make(boundary)]
+    return Contender(name, boundary, partial(lanes_round, pair, lanes), lanes[0].sent_bytes)
+
+
+def in_plain_process(plain: PlainProcess, index: int, boundary: Boundary) -> Contender:
+    """The naive way where nothing is set up."""
+
+    def round(seconds: float) -> dict[str, Sequence[Speed]]:
+        return {what: [speed] for what, speed in plain.measure(index, seconds).items()}
+
+    return Contender(NAIVE, boundary, round, boundary.x.numel())
+
+
+def measure(contenders: Sequence[Contender], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Measure all ways to carry a tensor, in turns; their rows, with ratios to the references."""
+    for number in range(rounds):
+        for contender in contenders if number % 2 else contenders[::-1]:
+            contender.measure(seconds)
+    rows = [contender.row() for contender in contenders]
+    speeds = {row["codec"]: row["gb_per_s"] for row in rows}
+    for row in rows:
+        both = [what for what in ("encode_2", "decode_2") if what in row["gb_per_s"]]
+        row["times_naive"] = {
+            what: row["gb_per_s"][what] / speeds[NAIVE][what] for what in both if row["codec"] != MEMCPY
+        }
+        row["of_memcpy"] = {what: row["gb_per_s"][what] / speeds[MEMCPY]["encode_2"] for what in both}
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print one tensor's rows."""
+    print(f"\n{rows[0]['tensor']}, {rows[0]['fp32_bytes'] / 1e6:.2f} MB")
+    print(
+        f"  {'':<10}{'':>6}{'1 core':>13}{'2 cores':>13}{'at once':>13}{'x naive':>13}{'of memcpy':>13}{'':>8}"
+    )
+    print(f"  {'':<10}{'bytes':>6}{'   enc    dec' * 5}{'faults':>8}")
+    for row in rows:
+        cells = [f"{row['gb_per_s'][what]:.1f}" if what in row["gb_per_s"] else "" for what in COLUMNS]
+        for ratios, digits in ((row["times_naive"], 1), (row["of_memcpy"], 2)):
+            cells += [f"{ratios[w]:.{digits}f}" if w in ratios else "" for w in ("encode_2", "decode_2")]
+        text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, (6, 7) * 5, strict=True))
+        print(f"  {row['codec']:<10}{row['rate']:6.3f}{text}{row['faults']:8.1f}", flush=True)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target and what was reached, the worst of all tensors.
+
+    Attributes:
+        text: what it is about, the number and the tensor.
+        met: whether the target is.
+    """
+
+    text: str
+    met: bool
+
+    def __str__(self) -> str:
+        return f"{self.text}: {'pass' if self.met else 'FAIL'}"
+
+
+def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
+    """Hold int8's rows against the targets."""
+    judged = [row for row in rows if row["codec"] == JUDGED]
+    large = [row for row in judged if row["bottleneck"] == "none"]
+    small = [row for row in judged if row["bottleneck"] != "none"]
+    verdicts = []
+    for what in ("encode", "decode"):
+        slowest = min(large, key=lambda row: row["gb_per_s"][f"{what}_2"])
+        speed = slowest["gb_per_s"][f"{what}_2"]
+        text = f"{JUDGED} {what}, 2 cores: at least {speed:.1f} GB/s of fp32 ({slowest['tensor']})"
+        verdicts.append(Verdict(f"{text}, target {TARGET_GB_S:g}", speed >= TARGET_GB_S))
+        closest = min(large, key=lambda row: row["times_naive"][f"{what}_2"])
+        times = closest["times_naive"][f"{what}_2"]
+        text = f"{JUDGED} {what}, 2 cores: at least {times:.1f} times the naive way ({closest['tensor']})"
+        verdicts.append(Verdict(f"{text}, target {TARGET_TIMES_NAIVE:g}", times >= TARGET_TIMES_NAIVE))
+    for what in ("encode", "decode"):
+        seconds, tensor = max(
+            (row["fp32_bytes"] / 1e9 / row["gb_per_s"][what], row["tensor"]) for row in small
+        )
+        text = f"{JUDGED} {what}, 1 core, behind conv: at most {seconds * 1e3:.2f} ms a call ({tensor})"
+        verdicts.append(Verdict(f"{text}, target {TARGET_SMALL_S * 1e3:g}", seconds <= TARGET_SMALL_S))
+    faults = max(row["faults"] for row in judged)
+    text = f"{JUDGED}: at most {faults:.1f} page faults a call, target under {MOST_FAULTS:g}"
+    return [*verdicts, Verdict(text, faults < MOST_FAULTS)]
+
+
+def measure_all(chains: Sequence[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Measure and print tensor by tensor."""
+    rows = []
+    plain = PlainProcess()
+    try:
+        with lane_threads() as pair:
+            for index, boundary in enumerate(all_boundaries()):
+                channels_last = boundary.x.is_contiguous(memory_format=torch.channels_last)
+                fitting = [chain for chain in chains if channels_last or chain == JUDGED]
+                if not fitting:
+                    continue
+                contenders = [
+                    in_lanes(pair, MEMCPY, boundary, memcpy_lane),
+                    in_plain_process(plain, index, boundary),
+                    in_lanes(pair, TUNED, boundary, naive_lane),
+                    *(in_lanes(pair, chain, boundary, partial(codec_lane, chain)) for chain in fitting),
+                ]
+                taken = measure(contenders, rounds, seconds)
+                show(taken)
+                rows += taken
+    finally:
+        plain.close()
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return 0 where every target is met, else 1."""
+    parser = argparse.ArgumentParser(prog="benchmarks/codecs.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="F", help="write the results there")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument(
+        "--only", nargs="+", choices=CHAINS, default=CHAINS, metavar="CHAIN", help="these alone"
+    )
+    parser.add_argument("--rounds", type=int, help="how many rounds to take the median of")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        child()
+        return 0
+    rounds = options.rounds or (3 if options.quick else 9)
+    seconds = 0.01 if options.quick else 0.015
+    print(f"{machine()}: GB/s of fp32, a chunk of {CHUNK} at {IMAGE_SIZE} px, medians of {rounds} rounds")
+    rows = measure_all(options.only, rounds, seconds)
+    verdicts = judge(rows) if JUDGED in options.only else []
+    print()
+    for verdict in verdicts:
+        print(verdict)
+    met = all(verdict.met for verdict in verdicts)
+    print("all targets are met" if met else "targets marked FAIL are missed")
+    if options.json:
+        document = {
+            "benchmark": "codecs",
+            "date": today(),
+            "machine": machine(),
+            "rounds": rounds,
+            "targets": [str(verdict) for verdict in verdicts],
+            "targets_met": met,
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
