@@ -10,8 +10,8 @@ once, each with an encoder or decoder and tensors of its own, and "at once" is o
 decodes. Each lane goes round several tensors and keeps its last few results, as the link does until they are sent.
 Everything takes turns, and medians of all rounds are compared with references measured in the same run:
 
-- naive: int8 as one writes it in torch (amin and amax by channel, scale, round, clamp, uint8; and back), in a process
-  of its own as any program has it: glibc's malloc as it is, and torch with as many threads as there are cores;
+- naive: int8 as one writes it in torch (amin and amax by channel, scale, round, clamp, uint8; and back), in a thread
+  of a process as any program has it: glibc's malloc as it is, and torch with as many threads as there are cores;
 - tuned: the same in a lane of this process, which keeps freed memory as the product's do; not judged, it tells what
   of the gain is memory and what is kernels;
 - memcpy: `numpy.copyto` of as many bytes of fp32 into memory that is there already, a roof for any codec.
@@ -40,7 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.runtime import prepare_process, set_threads
+from common.runtime import default_threads, prepare_process, set_threads
 
 if __name__ == "__main__" and "--child" not in sys.argv:
     prepare_process()  # before torch is imported, as both commands do
@@ -298,23 +298,25 @@ class PlainProcess:
 
 
 def child() -> None:
-    """For each line of standard input, measure the naive way, and print its speeds."""
-    cores = set_threads()
+    """For each line of standard input, measure the naive way in a thread, as lanes are, and print its speeds."""
     known = all_boundaries()
-    for line in sys.stdin:
-        index, seconds = line.split()
-        lane = naive_lane(known[int(index)])
-        assert lane.decode is not None
-        speeds = {}
-        for what, work, threads in (
-            ("encode", lane.encode, 1),
-            ("decode", lane.decode, 1),
-            ("encode_2", lane.encode, cores),
-            ("decode_2", lane.decode, cores),
-        ):
-            torch.set_num_threads(threads)
-            speeds[what] = asdict(repeat(work, float(seconds)))
-        print(json.dumps(speeds), flush=True)
+    with ThreadPoolExecutor(1, initializer=set_threads) as thread:
+        for line in sys.stdin:
+            index, seconds = line.split()
+            speeds = thread.submit(naive_speeds, known[int(index)], float(seconds)).result()
+            print(json.dumps({what: asdict(speed) for what, speed in speeds.items()}), flush=True)
+
+
+def naive_speeds(boundary: Boundary, seconds: float) -> dict[str, Speed]:
+    """Measure the naive way with one of torch's threads, and with one for each core."""
+    lane = naive_lane(boundary)
+    assert lane.decode is not None
+    speeds = {}
+    for suffix, threads in (("", 1), ("_2", default_threads())):
+        torch.set_num_threads(threads)
+        speeds[f"encode{suffix}"] = repeat(lane.encode, seconds)
+        speeds[f"decode{suffix}"] = repeat(lane.decode, seconds)
+    return speeds
 
 
 class Contender:
