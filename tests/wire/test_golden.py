@@ -1,0 +1,120 @@
+"""Frames as bytes, beside what they mean: what a program in another language can be checked against.
+
+The files in ``golden`` do not change while the protocol's version stays the same. Each holds a message's fields,
+the frame's prelude, header and payload (64 bytes a line) in hexadecimal, and for messages with tensors the
+values: those given to the encoder and those that come out, or one list where they are the same, row-major.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+from torch import Tensor
+
+from common.spec import JobSpec
+from tests.wire.pair import ROOMY, as_sent, joined, read_frames
+from wire.frames import FrameReader
+from wire.messages import MESSAGE_TYPES, Message, Open
+from wire.serialize import decode, encode
+from wire.streams import StreamDecoder, StreamEncoder, WeightsReceiver
+
+GOLDEN = {
+    path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").iterdir())
+}
+WITH_TENSORS = {name: golden for name, golden in GOLDEN.items() if "tensors" in golden}
+
+
+def payload_of(golden: dict[str, Any]) -> bytes:
+    return b"".join(map(bytes.fromhex, golden["payload"]))
+
+
+def frame_of(golden: dict[str, Any]) -> bytes:
+    return bytes.fromhex(golden["prelude"]) + bytes.fromhex(golden["header"]) + payload_of(golden)
+
+
+def message_of(golden: dict[str, Any]) -> Message:
+    fields = dict(golden["message"])
+    message_type = MESSAGE_TYPES[fields.pop("kind")]
+    return message_type(**fields, **({"payload": payload_of(golden)} if "tensors" in golden else {}))
+
+
+def tensors_of(golden: dict[str, Any], what: str) -> dict[str, Tensor]:
+    """The tensors as given, or as they come out; in the memory order that their descriptions name."""
+    tensors = {}
+    for (name, listed), desc in zip(golden["tensors"].items(), golden["message"]["tensors"], strict=True):
+        flat = torch.tensor(listed.get("values", listed.get(what)), dtype=getattr(torch, desc["dtype"]))
+        tensors[name] = flat.view(desc["shape"])
+        if desc["order"] == "NHWC":
+            tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+    return tensors
+
+
+def chain_of(golden: dict[str, Any]) -> str:
+    (chain,) = {str(listed["chain"]) for listed in golden["tensors"].values()}
+    return chain
+
+
+def test_there_is_a_frame_of_every_kind() -> None:
+    assert {golden["message"]["kind"] for golden in GOLDEN.values()} == set(MESSAGE_TYPES)
+
+
+def test_there_is_a_frame_of_every_codec() -> None:
+    chains = {chain_of(golden) for golden in WITH_TENSORS.values()}
+    assert chains == {"none", "fp16", "bf16", "int8", "lz4", "int8+lz4"}
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_message_is_written_as_exactly_these_bytes(golden: dict[str, Any]) -> None:
+    buffers, size = encode(message_of(golden), ROOMY)
+    assert joined(buffers).hex() == frame_of(golden).hex()
+    assert size == len(frame_of(golden))
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_these_bytes_are_read_as_the_message(golden: dict[str, Any]) -> None:
+    (frame,) = read_frames(FrameReader(ROOMY), frame_of(golden))
+    assert as_sent(decode(frame)) == as_sent(message_of(golden))
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_header_is_one_map_in_the_order_of_the_fields(golden: dict[str, Any]) -> None:
+    header = msgpack.unpackb(bytes.fromhex(golden["header"]), object_pairs_hook=list)
+    assert [key for key, _ in header] == list(golden["message"])
+
+
+@pytest.mark.parametrize("golden", WITH_TENSORS.values(), ids=WITH_TENSORS)
+def test_tensors_come_out_as_these_values(golden: dict[str, Any]) -> None:
+    (frame,) = read_frames(FrameReader(ROOMY), frame_of(golden))
+    message: Any = decode(frame)
+    expected = tensors_of(golden, "decoded")
+    gradient = message.kind == "backward"
+    decoder = StreamDecoder(chain_of(golden), gradient=gradient, max_bytes=1 << 20)
+    tensors = (
+        WeightsReceiver(expected).take(message)
+        if message.kind == "weights"
+        else decoder.decode(message, list(expected))
+    )
+    assert tensors is not None
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor)
+        assert tensors[name].stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("golden", WITH_TENSORS.values(), ids=WITH_TENSORS)
+def test_values_are_encoded_as_exactly_these_bytes(golden: dict[str, Any]) -> None:
+    chain = chain_of(golden)
+    if "lz4" in chain:
+        pytest.skip("which block an lz4 library makes of given bytes is its own affair")
+    gradient = golden["message"]["kind"] == "backward"
+    descs, buffers = StreamEncoder(chain, gradient=gradient).encode(tensors_of(golden, "given"), seed=0)
+    assert descs == golden["message"]["tensors"]
+    assert joined(buffers).hex() == payload_of(golden).hex()
+
+
+def test_job_that_is_opened_is_one_that_a_server_takes() -> None:
+    message = message_of(GOLDEN["open"])
+    assert isinstance(message, Open)
+    assert JobSpec.from_map(message.spec).to_map() == message.spec
