@@ -57,6 +57,10 @@ def chain_of(golden: dict[str, Any]) -> str:
     return chain
 
 
+# Which block an lz4 library makes of given bytes is its own affair.
+REPRODUCIBLE = {name: golden for name, golden in WITH_TENSORS.items() if "lz4" not in chain_of(golden)}
+
+
 def test_there_is_a_frame_of_every_kind() -> None:
     assert {golden["message"]["kind"] for golden in GOLDEN.values()} == set(MESSAGE_TYPES)
 
@@ -103,11 +107,9 @@ def test_tensors_come_out_as_these_values(golden: dict[str, Any]) -> None:
         assert tensors[name].stride() == tensor.stride()
 
 
-@pytest.mark.parametrize("golden", WITH_TENSORS.values(), ids=WITH_TENSORS)
+@pytest.mark.parametrize("golden", REPRODUCIBLE.values(), ids=REPRODUCIBLE)
 def test_values_are_encoded_as_exactly_these_bytes(golden: dict[str, Any]) -> None:
     chain = chain_of(golden)
-    if "lz4" in chain:
-        pytest.skip("which block an lz4 library makes of given bytes is its own affair")
     gradient = golden["message"]["kind"] == "backward"
     descs, buffers = StreamEncoder(chain, gradient=gradient).encode(tensors_of(golden, "given"), seed=0)
     assert descs == golden["message"]["tensors"]
