@@ -25,17 +25,14 @@ below a fifth of a millisecond a call on one core.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,16 +42,23 @@ from common.runtime import default_threads, prepare_process, set_threads
 if __name__ == "__main__" and "--child" not in sys.argv:
     prepare_process()  # before torch is imported, as both commands do
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks.mobilenet_split import split_mobilenet_v2
+from benchmarks.codec_lanes import (
+    CHUNK,
+    IMAGE_SIZE,
+    Boundary,
+    Lane,
+    Pair,
+    Speed,
+    all_boundaries,
+    codec_lane,
+    lane_threads,
+    memcpy_lane,
+    naive_lane,
+    repeat,
+)
 from benchmarks.product import clean_environment, machine, today
-from edge.data.datasets import open_dataset
-from edge.data.loader import eval_batches
-from wire.codecs.base import Role
-from wire.codecs.chain import Decoder, Encoded, Encoder, parse_chain
 from wire.codecs.registry import codec_names
 
 CHAINS = (*codec_names(), "int8+lz4")
@@ -65,211 +69,8 @@ TARGET_SMALL_S = 2e-4
 MOST_FAULTS = 1.0
 """Page faults a call: a new buffer of 3 MB would have 800."""
 
-CHUNK, IMAGE_SIZE = 8, 224
-TENSORS = 4
-"""Tensors that a lane goes round."""
-
-IN_FLIGHT = 2
-"""Results that a lane keeps: what is being sent, and what waits."""
-
 COLUMNS = ("encode", "decode", "encode_2", "decode_2", "encode_beside_decode", "decode_beside_encode")
 """Measurements: on one core, on two, and of an encoder and a decoder at once."""
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """One tensor that crosses.
-
-    Attributes:
-        name: where it crosses and what it is.
-        x: the tensor.
-        role: what it is to training.
-        bottleneck: what made it narrow, or ``none``.
-    """
-
-    name: str
-    x: Tensor
-    role: Role
-    bottleneck: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor as fp32."""
-        return self.x.numel() * 4
-
-    @property
-    def label(self) -> str:
-        """The tensor's name, shape and order, in one string."""
-        order = "NHWC" if self.x.is_contiguous(memory_format=torch.channels_last) else "NCHW"
-        return f"{self.name} {list(self.x.shape)} {order}"
-
-
-def boundaries(bottleneck: str) -> Iterator[Boundary]:
-    """The four tensors that cross in a step of one chunk: activations and gradients at both cuts."""
-    dataset = open_dataset("digits", seed=0)
-    loaded = eval_batches(
-        dataset.test, batch_size=CHUNK, image_size=IMAGE_SIZE, normalise=dataset.normalise, channels_last=True
-    )
-    with loaded as batches:
-        batch = batches.get()
-    assert batch is not None
-    split = split_mobilenet_v2(bottleneck)
-    front = split.front(batch.inputs[0])
-    sent1 = front.detach().requires_grad_()
-    middle = split.middle(sent1)
-    sent2 = middle.detach().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(split.back(sent2), batch.labels)
-    torch.autograd.backward(loss)
-    torch.autograd.backward(middle, sent2.grad)
-    title = "" if bottleneck == "none" else f" behind {bottleneck}"
-    for cut, sent in ((1, sent1), (2, sent2)):
-        assert sent.grad is not None
-        for role, x in ((Role.ACTIVATION, sent.detach()), (Role.GRADIENT, sent.grad)):
-            channels_last = x.contiguous(memory_format=torch.channels_last)
-            yield Boundary(f"cut {cut}{title}, {role.value}", channels_last, role, bottleneck)
-
-
-def all_boundaries() -> list[Boundary]:
-    """Every tensor that is measured: each channels-last, and then row-major."""
-    return [
-        replace(boundary, x=x)
-        for bottleneck in ("none", "conv")
-        for boundary in boundaries(bottleneck)
-        for x in (boundary.x, boundary.x.contiguous())
-    ]
-
-
-@dataclass(frozen=True)
-class Lane:
-    """What one thread repeats, and what it makes of a tensor.
-
-    Attributes:
-        encode: encodes the next tensor, and returns what must live until it is sent.
-        decode: decodes the next message; None where the two are one.
-        sent_bytes: that one encoded tensor has.
-    """
-
-    encode: Callable[[], object]
-    decode: Callable[[], object] | None
-    sent_bytes: int
-
-
-def codec_lane(chain: str, boundary: Boundary) -> Lane:
-    """Encode and decode as the product does."""
-    stages = parse_chain(chain)
-    encoder, decoder = Encoder(stages, boundary.role), Decoder(stages, boundary.role)
-    tensors = itertools.cycle([boundary.x.clone() for _ in range(TENSORS)])
-    seeds = itertools.count()
-    encoded = encoder.encode(boundary.x, seed=0)
-    received = itertools.cycle([bytearray(b"".join(encoded.buffers)) for _ in range(TENSORS)])
-
-    def encode() -> Encoded:
-        return encoder.encode(next(tensors), seed=next(seeds))
-
-    def decode() -> Tensor:
-        return decoder.decode(encoded.desc, next(received))[0]
-
-    return Lane(encode, decode, encoded.size)
-
-
-def naive_encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize by channel, one operation after the other."""
-    low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
-    scale = (high - low).clamp(min=1e-30) / 255
-    return ((x - low) / scale).round().clamp(0, 255).to(torch.uint8), low, scale
-
-
-def naive_decode(q: Tensor, low: Tensor, scale: Tensor) -> Tensor:
-    """Back from what `naive_encode` made."""
-    return q.float() * scale + low
-
-
-def naive_lane(boundary: Boundary) -> Lane:
-    """The reference that int8 is compared with. Gradients are not even rounded stochastically."""
-    tensors = itertools.cycle([boundary.x.clone() for _ in range(TENSORS)])
-    messages = itertools.cycle([naive_encode(next(tensors)) for _ in range(TENSORS)])
-    return Lane(
-        lambda: naive_encode(next(tensors)),
-        lambda: naive_decode(*next(messages)),
-        boundary.x.numel(),
-    )
-
-
-def memcpy_lane(boundary: Boundary) -> Lane:
-    """The roof: as many bytes of fp32 from one place to another."""
-    size = boundary.x.numel()
-    sources = itertools.cycle([np.zeros(size, np.float32) for _ in range(TENSORS)])
-    targets = itertools.cycle([np.zeros(size, np.float32) for _ in range(TENSORS)])
-    return Lane(lambda: np.copyto(next(targets), next(sources)), None, size * 4)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a lane did in a while.
-
-    Attributes:
-        calls_s: calls a second.
-        faults: page faults a call.
-    """
-
-    calls_s: float
-    faults: float
-
-
-def repeat(work: Callable[[], object], seconds: float) -> Speed:
-    """Repeat work for a while, in the calling thread."""
-    kept: deque[object] = deque(maxlen=IN_FLIGHT)
-    for _ in range(IN_FLIGHT + 1):
-        kept.append(work())
-    faults = thread_faults()
-    began = time.perf_counter()
-    calls = 0
-    while (elapsed := time.perf_counter() - began) < seconds:
-        kept.append(work())
-        calls += 1
-    return Speed(calls / elapsed, (thread_faults() - faults) / calls)
-
-
-def thread_faults() -> int:
-    """Page faults of the calling thread so far; 0 where the system does not count them by thread."""
-    try:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-    except (ImportError, AttributeError):
-        return 0
-
-
-class Pair:
-    """Two lanes' threads, which work at once or one alone."""
-
-    def __init__(self) -> None:
-        self._threads = [
-            ThreadPoolExecutor(1, thread_name_prefix="lane", initializer=set_threads, initargs=(1,))
-            for _ in range(2)
-        ]
-
-    def run(self, works: Sequence[Callable[[], object]], seconds: float) -> list[Speed]:
-        """Repeat each of up to two pieces of work for a while, all at once."""
-        running = [
-            thread.submit(repeat, work, seconds) for thread, work in zip(self._threads, works, strict=False)
-        ]
-        return [future.result() for future in running]
-
-    def close(self) -> None:
-        """End the threads."""
-        for thread in self._threads:
-            thread.shutdown()
-
-
-@contextmanager
-def lane_threads() -> Iterator[Pair]:
-    """Two threads for the time of a block."""
-    pair = Pair()
-    try:
-        yield pair
-    finally:
-        pair.close()
 
 
 class PlainProcess:
@@ -316,6 +117,7 @@ def naive_speeds(boundary: Boundary, seconds: float) -> dict[str, Speed]:
         torch.set_num_threads(threads)
         speeds[f"encode{suffix}"] = repeat(lane.encode, seconds)
         speeds[f"decode{suffix}"] = repeat(lane.decode, seconds)
+    time.sleep(0.02)  # torch's threads go on spinning for a while: not into what is measured next
     return speeds
 
 
@@ -504,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.child:
         child()
         return 0
-    rounds = options.rounds or (3 if options.quick else 9)
+    rounds = options.rounds or (3 if options.quick else 7)
     seconds = 0.01 if options.quick else 0.015
     print(f"{machine()}: GB/s of fp32, a chunk of {CHUNK} at {IMAGE_SIZE} px, medians of {rounds} rounds")
     rows = measure_all(options.only, rounds, seconds)

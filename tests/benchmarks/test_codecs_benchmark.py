@@ -2,7 +2,8 @@
 
 import torch
 
-from benchmarks.codecs import CHAINS, JUDGED, Boundary, codec_lane, judge, naive_decode, naive_encode
+from benchmarks.codec_lanes import Boundary, codec_lane, naive_decode, naive_encode
+from benchmarks.codecs import CHAINS, JUDGED, judge
 from wire.codecs.base import Role
 from wire.codecs.registry import codec_names
 
