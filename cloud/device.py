@@ -110,7 +110,10 @@ class LaneStreams:
             return result
 
     def decode(self, work: Callable[[], tuple[Tensor, ...]]) -> Placed:
-        """Run a decoder on the decode stream; the host buffer may be reused when this returns."""
+        """Run a decoder on the decode stream; no copy reads the host buffer any more when this returns.
+
+        On a CPU the tensors may be views of it, and keep it.
+        """
         with self._on(self._decode):
             placed = self._mark(self._decode, work())
             if self._decode is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from common.errors import UserError
 from common.vision import feature_extraction, ops
@@ -59,8 +59,9 @@ def trace(model: nn.Module, training: bool) -> Traced:
     """Trace a model in one mode; the model itself stays as it is.
 
     Raises:
-        UserError: its forward depends on values, which tracing cannot follow.
+        UserError: its forward depends on values, or changes a buffer, which tracing cannot follow.
     """
+    before = _buffers(model)
     tracer = feature_extraction.NodePathTracer(autowrap_modules=(math, ops), leaf_modules=_LEAVES)
     try:
         with mode(model, training):
@@ -71,8 +72,19 @@ def trace(model: nn.Module, training: bool) -> Traced:
         raise UserError(
             f"{type(model).__name__} cannot be traced by torch.fx, and so not split: {reason}"
         ) from error
+    for name, (buffer, version) in _buffers(model).items():
+        if name not in before or before[name][0] is not buffer or before[name][1] != version:
+            raise UserError(
+                f"the forward of {type(model).__name__} changes its buffer {name}, which torch.fx does not see; "
+                "leave that to a module of torch.nn, such as a normalization"
+            )
     names = {node.name: name for node, name in tracer.node_to_qualname.items()}
     return Traced(graph, {node.name: names.get(node.name, node.name) for node in graph.nodes})
+
+
+def _buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Return each buffer with its count of changes; code that runs on a buffer alone runs while tracing."""
+    return {name: (buffer, buffer._version) for name, buffer in model.named_buffers(remove_duplicate=False)}
 
 
 def trace_modes(model: nn.Module) -> dict[bool, Traced]:

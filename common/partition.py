@@ -8,7 +8,7 @@ the original module tree: a partition's state dict has the model's own names, th
 them, and running the three in turn computes bitwise what the model does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -245,9 +245,16 @@ def _names(crossing: Crossing) -> list[list[tuple[str, tuple[int, ...]]]]:
 def _check_disjoint(partitions: Sequence[Partition], cuts: tuple[str, str]) -> None:
     owner: dict[int, str] = {}
     for part, partition in zip(PARTS, partitions, strict=True):
-        for name, parameter in partition.named_parameters():
-            if owner.setdefault(id(parameter), part) != part:
+        for name, tensor in (*partition.named_parameters(), *_running_statistics(partition)):
+            if owner.setdefault(id(tensor), part) != part:
                 raise UserError(
                     f"{name} is used on both sides of a cut ({cuts[0]}, {cuts[1]}); choose cuts that leave "
                     "all its uses on one side"
                 )
+
+
+def _running_statistics(partition: Partition) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a forward changes; others may be read on both sides."""
+    for path, module in partition.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            yield from ((f"{path}.{name}", buffer) for name, buffer in module.named_buffers())

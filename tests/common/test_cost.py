@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.cost import LANES, ChunkCost, Link, Message, StepModel
@@ -63,6 +63,7 @@ def test_lanes_of_a_side_share_its_cores_and_both_sides_may(shared, resources):
     assert (model.resource("edge compute") == model.resource("cloud compute")) is shared
 
 
+@settings(deadline=None)
 @given(share=st.floats(0, 1))
 def test_a_smaller_chunk_costs_its_share(share):
     smaller = COST.scaled(share)

@@ -1,6 +1,6 @@
 """Of the errors in a group, the one that somebody can act on."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import IsthmusError, UserError
@@ -39,6 +39,7 @@ def nested(groups):
     return st.lists(groups, min_size=1, max_size=3).map(lambda errors: ExceptionGroup("", errors))
 
 
+@settings(deadline=None)
 @given(group=nested(st.recursive(st.integers(0, 9).map(ValueError), nested, max_leaves=12)))
 def test_however_deep_the_groups_the_first_leaf_is_found(group):
     leaf = group

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from common.propagate import BATCHES, TensorInfo, describe, meta_copy, propagate
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
+@settings(deadline=None)
 @given(shape=SHAPES, rows=st.integers(1, 9), batch=st.integers(1, 64))
 def test_a_tensor_s_shape_and_bytes_follow_the_batch(shape, rows, batch):
     info = TensorInfo(name="x", shape=shape, dtype=torch.float16, rows=rows)
@@ -20,6 +21,7 @@ def test_a_tensor_s_shape_and_bytes_follow_the_batch(shape, rows, batch):
     assert info.dense_bytes(batch) == torch.empty(info.batched(batch), dtype=torch.float16).nbytes
 
 
+@settings(deadline=None)
 @given(shape=SHAPES, batch=st.integers(1, 64))
 def test_a_tensor_without_a_batch_dimension_stays_as_it_is(shape, batch):
     info = TensorInfo(name="x", shape=shape, dtype=torch.int64, rows=0)
@@ -27,6 +29,7 @@ def test_a_tensor_without_a_batch_dimension_stays_as_it_is(shape, batch):
     assert info.dense_bytes(batch) == torch.empty(shape, dtype=torch.int64).nbytes
 
 
+@settings(deadline=None)
 @given(shape=SHAPES, rows=st.integers(0, 9), grad=st.booleans())
 def test_what_is_described_is_what_was_made(shape, rows, grad):
     info = TensorInfo(name="x", shape=shape, requires_grad=grad, rows=rows)

@@ -1,7 +1,7 @@
 """Seeds are a pure function of their path: the same on every machine, and different for different paths."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.seeding import derive_seed
@@ -15,6 +15,7 @@ def test_a_seed_is_the_same_on_every_machine_and_in_every_version():
     assert derive_seed(7, "bottleneck", 1, 0) == 5197887045689475884
 
 
+@settings(deadline=None)
 @given(path=PATHS)
 def test_any_seed_is_one_that_torch_takes(path):
     seed = derive_seed(*path)
@@ -22,6 +23,7 @@ def test_any_seed_is_one_that_torch_takes(path):
     assert torch.Generator().manual_seed(seed).initial_seed() == seed
 
 
+@settings(deadline=None)
 @given(one=PATHS, other=PATHS)
 def test_different_paths_have_different_seeds(one, other):
     assert (derive_seed(*one) == derive_seed(*other)) is (one == other)

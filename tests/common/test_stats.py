@@ -4,7 +4,7 @@ import math
 from statistics import median
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.metrics import StepReport
@@ -35,6 +35,7 @@ def stats_of(steps):
     return stats
 
 
+@settings(deadline=None)
 @given(steps=STEPS)
 def test_a_run_is_the_sum_of_its_steps(steps):
     stats = stats_of(steps)
@@ -51,6 +52,7 @@ def test_a_run_is_the_sum_of_its_steps(steps):
     assert summary.median_step_s == (median(step.step_s for step in steps) if steps else None)
 
 
+@settings(deadline=None)
 @given(steps=STEPS, extra=BYTES)
 def test_what_the_socket_carried_besides_the_steps_leaves_the_compress_rate_alone(steps, extra):
     stats = stats_of(steps)
@@ -62,6 +64,7 @@ def test_what_the_socket_carried_besides_the_steps_leaves_the_compress_rate_alon
     assert whole.compress_rate == plain.compress_rate
 
 
+@settings(deadline=None)
 @given(steps=STEPS, busy_s=st.none() | st.floats(-1, 1e6))
 def test_busy_shares_are_of_the_training_time_and_within_it(steps, busy_s):
     stats = stats_of(steps)
@@ -74,6 +77,7 @@ def test_busy_shares_are_of_the_training_time_and_within_it(steps, busy_s):
         assert summary.link_busy == pytest.approx(min(max(busy_s / stats.wall_s, 0), 1))
 
 
+@settings(deadline=None)
 @given(steps=STEPS, window=st.integers(1, 10))
 def test_recent_figures_are_those_of_the_last_steps_only(steps, window):
     recent, last = RecentStats(window), RecentStats(window)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.cost import LANES
@@ -60,6 +60,7 @@ def spans():
     return st.tuples(st.sampled_from(LANES), lengths).map(laid_out)
 
 
+@settings(deadline=None)
 @given(
     lanes=st.lists(spans(), min_size=1, max_size=8, unique_by=lambda made: made[0].lane),
     update_s=st.floats(0, 3),

@@ -4,7 +4,7 @@ import math
 from statistics import fmean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.traffic import Sent
@@ -20,6 +20,7 @@ FRAMES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(frames=FRAMES)
 def test_sizes_are_means_by_kind_and_rate_is_over_all_frames(frames):
     sent = Sent()

@@ -1,0 +1,184 @@
+"""`--compress`: what each place sets, which wins, and what is refused."""
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.spec import STREAMS
+from edge.compress import BOTTLENECKS, parse_compress
+from wire.codecs.chain import parse_chain
+from wire.errors import SpecError
+
+CHAINS = ("none", "fp16", "bf16", "int8", "lz4", "int8+lz4", "fp16+lz4")
+WIDE = ("", "cut1", "cut2")
+NARROW = ("act", "grad", *STREAMS)
+
+
+def given_as(place, spec):
+    return f"{place}={spec}" if place else spec
+
+
+def streams_with(chain, compression):
+    return {stream for stream, codec in compression.codecs.items() if codec == chain}
+
+
+def test_one_spec_sets_both_cuts_and_both_directions():
+    compression = parse_compress(["conv+int8"])
+    assert compression.bottlenecks == ("conv", "conv")
+    assert compression.codecs == dict.fromkeys(STREAMS, "int8")
+
+
+@pytest.mark.parametrize("texts", [[], ["none"]])
+def test_nothing_and_none_leave_everything_dense(texts):
+    compression = parse_compress(texts)
+    assert compression.bottlenecks == ("", "")
+    assert compression.codecs == dict.fromkeys(STREAMS, "none")
+
+
+@pytest.mark.parametrize(
+    ("place", "streams"),
+    [
+        ("", set(STREAMS)),
+        ("cut1", {"cut1.act", "cut1.grad"}),
+        ("cut2", {"cut2.act", "cut2.grad"}),
+        ("act", {"cut1.act", "cut2.act"}),
+        ("grad", {"cut1.grad", "cut2.grad"}),
+        *((stream, {stream}) for stream in STREAMS),
+    ],
+)
+def test_a_place_sets_its_own_streams_and_no_other(place, streams):
+    compression = parse_compress([given_as(place, "int8")])
+    assert streams_with("int8", compression) == streams
+    assert streams_with("none", compression) == set(STREAMS) - streams
+
+
+@settings(deadline=None)
+@given(
+    settings=st.dictionaries(
+        st.sampled_from(WIDE + NARROW),
+        st.tuples(st.sampled_from(("", "conv", "conv2", "conv:20x3,360x1")), st.sampled_from(CHAINS)),
+    ),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_narrower_place_wins_whatever_the_order(settings, order):
+    texts = {}
+    for place, (bottleneck, chain) in settings.items():
+        texts[place] = chain if place in NARROW or not bottleneck else f"{bottleneck}+{chain}"
+    arguments = [given_as(place, text) for place, text in texts.items()]
+    order.shuffle(arguments)
+    compression = parse_compress(arguments)
+    for stream in STREAMS:
+        cut, direction = stream.split(".")
+        # A stream of its own before a direction, a direction before a cut, a cut before everything.
+        winner = next((place for place in (stream, direction, cut, "") if place in settings), None)
+        assert compression.codecs[stream] == (settings[winner][1] if winner is not None else "none")
+        parse_chain(compression.codecs[stream])
+    for cut, bottleneck in zip(("cut1", "cut2"), compression.bottlenecks, strict=True):
+        winner = next((place for place in (cut, "") if place in settings), None)
+        assert bottleneck == (settings[winner][0] if winner is not None else "")
+
+
+def test_a_bottleneck_of_one_cut_leaves_the_other_alone():
+    assert parse_compress(["cut2=conv:360x1+int8"]).bottlenecks == ("", "conv:360x1")
+    compression = parse_compress(["conv+int8", "cut1=fp16"])
+    assert compression.bottlenecks == ("", "conv")
+    assert compression.codecs["cut1.act"] == "fp16"
+
+
+def test_directions_can_be_set_beside_a_bottleneck():
+    compression = parse_compress(["conv+int8", "grad=fp16"])
+    assert compression.bottlenecks == ("conv", "conv")
+    assert streams_with("fp16", compression) == {"cut1.grad", "cut2.grad"}
+    assert streams_with("int8", compression) == {"cut1.act", "cut2.act"}
+
+
+@pytest.mark.parametrize("kind", BOTTLENECKS)
+def test_a_bottleneck_alone_sends_its_output_dense(kind):
+    compression = parse_compress([kind])
+    assert compression.bottlenecks == (kind, kind)
+    assert compression.codecs == dict.fromkeys(STREAMS, "none")
+
+
+def test_arguments_of_a_bottleneck_stay_with_it():
+    compression = parse_compress(["conv:32x4/16x1,360x1+int8+lz4"])
+    assert compression.bottlenecks == ("conv:32x4/16x1,360x1",) * 2
+    assert compression.codecs["cut2.grad"] == "int8+lz4"
+
+
+def test_spaces_around_stages_do_not_matter_to_what_is_inserted():
+    assert parse_compress([" conv + int8"]).bottlenecks == ("conv", "conv")
+
+
+@pytest.mark.parametrize("place", ["cut3", "activations", "cut1.both", "1", "cut1.act.grad"])
+def test_a_place_that_does_not_exist_is_refused_with_those_that_do(place):
+    with pytest.raises(UserError) as caught:
+        parse_compress([f"{place}=int8"])
+    text = str(caught.value)
+    assert f"{place} is no place" in text
+    assert all(known in text for known in ("cut1", "cut2", "act", "grad", *STREAMS))
+
+
+@pytest.mark.parametrize(
+    ("texts", "what"), [(["int8", "fp16"], "everything"), (["act=int8", "act=int8"], "act")]
+)
+def test_setting_a_place_twice_is_refused(texts, what):
+    with pytest.raises(UserError, match=f"sets {what} twice"):
+        parse_compress(texts)
+
+
+@pytest.mark.parametrize("place", NARROW)
+def test_a_bottleneck_for_one_direction_is_refused_with_what_would_do(place):
+    with pytest.raises(UserError, match=f"{place}=conv: a bottleneck .*such as cut1=conv"):
+        parse_compress([f"{place}=conv+int8"])
+
+
+@pytest.mark.parametrize("text", ["int8+conv", "conv+conv2", "int8+conv:20x3+lz4", "cut1=fp16+conv2"])
+def test_a_bottleneck_after_another_stage_is_refused(text):
+    with pytest.raises(UserError, match="comes first and once"):
+        parse_compress([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "at_fault"),
+    [
+        ("int9", "int9"),
+        ("int8+zip", "zip"),
+        ("int8+int8", "int8"),
+        ("cut1=lz4 + nonsense", "nonsense"),
+        ("grad=int8:7", "int8:7"),
+        ("conv+int8+int9", "int9"),
+        ("int8+none", "none"),
+    ],
+)
+def test_a_chain_that_does_not_parse_points_at_the_character(text, at_fault):
+    with pytest.raises(SpecError) as caught:
+        parse_compress([text])
+    error = caught.value
+    assert error.text[error.position :] == at_fault
+    assert f"character {error.position + 1} " in str(error)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("text", ["+int8", "int8+", "int8++lz4", "conv++int8", "cut2=lz4+ "])
+def test_a_stage_that_is_missing_is_pointed_at(text):
+    with pytest.raises(SpecError, match="no codec stands at character"):
+        parse_compress([text])
+
+
+@settings(deadline=None)
+@given(
+    texts=st.lists(
+        st.text(max_size=20) | st.sampled_from(("cut1=", "=int8", "conv:", "cut1.grad=conv")), max_size=4
+    )
+)
+def test_any_text_is_a_compression_or_refused(texts):
+    with contextlib.suppress(UserError, SpecError):
+        compression = parse_compress(texts)
+        assert set(compression.codecs) == set(STREAMS)
+        for chain in compression.codecs.values():
+            parse_chain(chain)
+        for bottleneck in compression.bottlenecks:
+            assert bottleneck.partition(":")[0].strip() in ("", *BOTTLENECKS)

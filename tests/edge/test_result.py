@@ -1,0 +1,86 @@
+"""The trained model is written whole, or the old file stays and training says why it stopped."""
+
+import resource
+
+import pytest
+import torch
+
+from common.errors import TrainingStopped
+from common.weights import load_state
+from edge.config import TrainConfig
+from edge.result import save_state
+
+STATE = {
+    "features.0.weight": torch.arange(50_000.0),
+    "classifier.bias": torch.ones(3),
+    "bottleneck.cut1.encoder.0.weight": torch.full((2, 2), 0.5),
+}
+
+
+def config_for(path):
+    return TrainConfig(server="127.0.0.1", model="resnet18", save=path)
+
+
+def test_the_model_and_its_bottleneck_are_in_one_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_state(STATE, config_for(path), 7)
+    loaded = load_state(path)
+    assert loaded.keys() == STATE.keys()
+    assert all(torch.equal(loaded[name], STATE[name]) for name in STATE)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.fixture
+def full_disk():
+    """A disk with room for a few kilobytes, as the kernel refuses to write more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def old_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"older")
+    return path
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_disk_without_room_stops_training_and_the_old_file_stays(old_file):
+    with pytest.raises(TrainingStopped) as caught:
+        save_state(STATE, config_for(old_file), 7)
+    assert str(caught.value).startswith(f"the model of step 7 could not be written to {old_file}: ")
+    assert "too large" in str(caught.value).lower()  # what the system says
+    assert "\n" not in str(caught.value)
+    assert old_file.read_bytes() == b"older"
+    assert [entry.name for entry in old_file.parent.iterdir()] == [old_file.name]
+
+
+def test_a_folder_that_is_gone_stops_training(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    config = config_for(folder / "model.safetensors")
+    folder.rmdir()
+    with pytest.raises(TrainingStopped, match=r"step 3 could not be written .*: No such file or directory"):
+        save_state(STATE, config, 3)
+
+
+def test_a_folder_in_the_file_s_place_stops_training(tmp_path):
+    path = tmp_path / "model.safetensors"
+    config = config_for(path)
+    path.mkdir()
+    with pytest.raises(TrainingStopped, match="Is a directory"):
+        save_state(STATE, config, 3)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_write_that_fails_late_leaves_the_old_file(old_file, monkeypatch):
+    def fail(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("common.weights.os.fsync", fail)
+    with pytest.raises(TrainingStopped, match="No space left on device"):
+        save_state(STATE, config_for(old_file), 7)
+    assert old_file.read_bytes() == b"older"
+    assert [entry.name for entry in old_file.parent.iterdir()] == [old_file.name]
