@@ -177,8 +177,12 @@ def _check_name(name: str) -> None:
     names = list_models()
     if name not in names:
         close = difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.5)
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise UserError(f"unknown model {name!r}{hint}; common.models.list_models() gives all {len(names)}")
+        if close:
+            raise UserError(
+                f"unknown model {name!r}; close names: {', '.join(close)}; common.models.list_models() gives all "
+                f"{len(names)}"
+            )
+        raise UserError(f"unknown model {name!r}; there are {', '.join(names)}")
 
 
 def _is_path(weights: str) -> bool:

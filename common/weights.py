@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -71,7 +73,10 @@ def save_model(
     state = {name: _to_plain(tensor) for name, tensor in {**full, **bottleneck}.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(state, temporary, metadata=dict(metadata))
+        try:
+            save_file(state, temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise _as_os_error(error) from error
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -83,6 +88,12 @@ def save_model(
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """Give what the operating system said to safetensors, which reports it in words of its own."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(str(error)) if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def _to_plain(tensor: Tensor) -> Tensor:

@@ -80,7 +80,11 @@ _TRAIN_OPTIONS = (
     click.option(
         "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers models."
     ),
-    click.option("--cpu", is_flag=True, help="Compute on the CPU, as the edge always does."),
+    click.option(
+        "--cpu",
+        is_flag=True,
+        help="Compute on the CPU. The edge always does; so does the demo's server then.",
+    ),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )
 
@@ -107,6 +111,15 @@ def cli(context: click.Context, /, **options: Any) -> None:
         edge-client --server HOST:PORT --compress conv
     """
     if context.invoked_subcommand is not None:
+        given = (
+            name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        )
+        for name in given:
+            option = next(param.opts[0] for param in context.command.params if param.name == name)
+            raise click.UsageError(
+                f"{option} stands before {context.invoked_subcommand}; put the options of a command after its name",
+                context,
+            )
         return
     if options["server"] is None:
         raise click.UsageError(
@@ -134,8 +147,7 @@ _DEMO: dict[str, Any] = {
 
 
 def _train(options: dict[str, Any], *, own_server: bool = False) -> None:
-    debug, modules = options.pop("debug"), options.pop("modules")
-    options.pop("cpu")
+    debug, modules, cpu = options.pop("debug"), options.pop("modules"), options.pop("cpu")
     options["cuts"] = tuple(options["cuts"] or ())
     options["compress"] = tuple(options["compress"])
 
@@ -144,7 +156,7 @@ def _train(options: dict[str, Any], *, own_server: bool = False) -> None:
         from edge.command import train_command
 
         import_modules(modules)
-        train_command(TrainConfig(**options), own_server=own_server, modules=modules)
+        train_command(TrainConfig(**options), own_server=own_server, modules=modules, cpu=cpu)
 
     run_command(work, debug=debug)
 

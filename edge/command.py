@@ -15,18 +15,23 @@ from edge.trainer import Trainer
 from wire.transport import run
 
 
-def train_command(config: TrainConfig, *, own_server: bool, modules: Sequence[str]) -> None:
+def train_command(config: TrainConfig, *, own_server: bool, modules: Sequence[str], cpu: bool) -> None:
     """Train and say how it went.
 
-    Ctrl-C once ends after the step under way, twice at once.
+    Ctrl-C once ends after the step under way, twice at once; before the first step, once is enough.
 
     Args:
         config: what to do.
         own_server: start a server for this run, and stop it afterwards.
         modules: what that server has to import.
+        cpu: that server computes on the CPU even where there is a GPU.
     """
-    with local_server(modules) if own_server else contextlib.nullcontext(config.server) as server:
-        result = run(_interruptible(config.at(server)))
+    with local_server(modules, cpu=cpu) if own_server else contextlib.nullcontext(config.server) as server:
+        try:
+            result = run(_interruptible(config.at(server)))
+        except Interrupted as interrupted:
+            sys.stdout.write(f"{interrupted}\n")
+            sys.exit(130)
     if result.steps < result.total_steps:
         sys.stdout.write(f"stopped after step {result.steps} of {result.total_steps}\n")
         sys.exit(130)
@@ -37,12 +42,15 @@ def train_command(config: TrainConfig, *, own_server: bool, modules: Sequence[st
 async def _interruptible(config: TrainConfig) -> TrainResult:
     progress = open_progress(sys.stdout)
     trainer = Trainer(config, progress)
+    loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
     task = asyncio.ensure_future(trainer.run())
     asked = False
 
     def interrupt() -> None:
         nonlocal asked
-        if asked:
+        if asked or not trainer.training:
+            for number in signals:  # whoever cannot wait for what is being computed to end has a third one
+                loop.remove_signal_handler(number)
             task.cancel()
             return
         asked = True
@@ -50,13 +58,17 @@ async def _interruptible(config: TrainConfig) -> TrainResult:
         progress.note("stopping after this step; Ctrl-C again stops now")
 
     with contextlib.suppress(NotImplementedError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, interrupt)
+        for number in signals:
+            loop.add_signal_handler(number, interrupt)
     try:
         return await task
     except asyncio.CancelledError:
-        raise Interrupted(f"stopped at once after step {trainer.steps} of {trainer.total_steps}") from None
+        if not trainer.training:
+            raise Interrupted("stopped before the first step") from None
+        raise Interrupted(
+            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; nothing was saved"
+        ) from None
 
 
 class Interrupted(IsthmusError):
-    """The user did not want to wait for the step under way."""
+    """The user did not want to wait for a step to end."""

@@ -1,5 +1,6 @@
 """What to train, on what, and how: everything that the command line and the Python API can set."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,21 +124,25 @@ class TrainConfig:
             raise UserError(
                 f"--memory-format must be one of {', '.join(MEMORY_FORMATS)}, not {self.memory_format!r}"
             )
-        for option, path in (("save", self.save), ("trace", self.trace)):
-            if path is not None and (path.is_dir() or not path.parent.is_dir()):
-                raise UserError(f"--{option} {path}: {_why_not(path)}")
+        for option, path in (("save", self.save), ("metrics", self.metrics), ("trace", self.trace)):
+            why_not = None if path is None else _why_not(path, in_place=option == "metrics")
+            if why_not is not None:
+                raise UserError(f"--{option} {path}: {why_not}")
 
     def at(self, server: str) -> "TrainConfig":
         """Return the same settings for another server."""
         return replace(self, server=server)
 
 
-def _why_not(path: Path) -> str:
-    return (
-        "is a directory; name a file"
-        if path.is_dir()
-        else f"there is no directory {path.parent}; create it first"
-    )
+def _why_not(path: Path, *, in_place: bool) -> str | None:
+    """Say why a file cannot be written, or where not `in_place` replaced, as far as can be told beforehand."""
+    if path.is_dir():
+        return "is a directory; name a file"
+    if not path.parent.is_dir():
+        return f"there is no directory {path.parent}; create it first"
+    if not os.access(path if in_place and path.exists() else path.parent, os.W_OK):
+        return "may not be written by this user; choose another place"
+    return None
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -149,7 +154,12 @@ def parse_address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]"):
         host, port = text, str(DEFAULT_PORT)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
-        raise UserError(f"--server {text!r} is no address; give HOST:PORT, such as 10.0.0.5:{DEFAULT_PORT}")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    is_host = host and "/" not in host and (bracketed or ":" not in host)
+    if not is_host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise UserError(
+            f"--server {text!r} is no address; give HOST:PORT, such as 10.0.0.5:{DEFAULT_PORT} or "
+            f"[fd00::5]:{DEFAULT_PORT}"
+        )
     return host, int(port)

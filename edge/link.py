@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,9 +12,11 @@ from common.groups import first_error
 from common.spec import JobSpec
 from common.trace import Tracer
 from common.traffic import Sent
-from wire.errors import RemoteProtocolError, WireError
+from wire.errors import ConnectionLost, RemoteProtocolError, WireError
 from wire.messages import (
+    Abort,
     Backward,
+    Bye,
     Commit,
     Committed,
     Fetch,
@@ -26,6 +29,7 @@ from wire.messages import (
 from wire.streams import WeightsReceiver, weights_messages
 from wire.transport import Connection, SendReceipt, connect
 
+T = TypeVar("T")
 OnTensors = Callable[[Forward | Backward], None]
 OnCommitted = Callable[[Committed], None]
 
@@ -41,10 +45,11 @@ class Link:
         self.on_tensors: OnTensors | None = None
         self.on_committed: OnCommitted | None = None
         self._committing: asyncio.Future[None] | None = None
-        self._committing_step = -1
+        self._committing_step = self._aborted_step = -1
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._fetching: WeightsReceiver | None = None
         self._fetched: asyncio.Future[dict[str, Tensor]] | None = None
+        self._receiving: asyncio.Task[None] | None = None
 
     @property
     def is_local(self) -> bool:
@@ -62,7 +67,7 @@ class Link:
             PeerError: the server refuses; its message says why.
         """
         await self.send(Open(spec=spec.to_map()))
-        ready = await self._ready
+        ready = await self._answered(self._ready)
         if ready.need_weights:
             for piece in weights_messages(middle_state()):
                 await (await self.connection.send(piece))  # to the end: steps would overtake queued weights
@@ -87,10 +92,15 @@ class Link:
         self._committing_step = message.step
         await self.send(message)
 
+    async def abort(self, message: Abort) -> None:
+        """Give a step up; what of it is still under way here is passed over."""
+        self._aborted_step = message.step
+        await self.send(message)
+
     async def confirmed(self) -> None:
         """Wait until the server has applied the last committed step, if any."""
         if self._committing is not None:
-            await self._committing
+            await self._answered(self._committing)
             self._committing = None
 
     async def fetch_middle(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,9 +109,30 @@ class Link:
         self._fetching = WeightsReceiver(like)
         self._fetched = asyncio.get_running_loop().create_future()
         await self.send(Fetch(what="weights"))
-        return await self._fetched
+        return await self._answered(self._fetched)
 
-    async def receive_forever(self) -> None:
+    async def _answered(self, answer: asyncio.Future[T]) -> T:
+        """Wait for an answer of the server's, or for the end of the link.
+
+        A task group that fails cancels its task, but a task that is just leaving another group does not notice:
+        it may get here all the same, where no answer would ever come.
+        """
+        assert self._receiving is not None
+        await asyncio.wait((answer, self._receiving), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            self._receiving.result()  # raises what ended the link
+        return answer.result()
+
+    def start_receiving(self) -> None:
+        """Sort incoming messages from now on, until `stop_receiving` or an error, which ends the task group."""
+        self._receiving = self._tasks.create_task(self._receive_forever())
+
+    def stop_receiving(self) -> None:
+        """Leave what comes from now on unread."""
+        assert self._receiving is not None
+        self._receiving.cancel()
+
+    async def _receive_forever(self) -> None:
         """Sort incoming messages until cancelled.
 
         Raises:
@@ -112,6 +143,8 @@ class Link:
 
     def _take(self, message: Message) -> None:
         match message:
+            case Forward(evaluate=False) | Backward() if message.step <= self._aborted_step:
+                pass  # it left before the server knew
             case Forward() | Backward() if self.on_tensors is not None:
                 self.on_tensors(message)
             case Committed() if self._committing is not None and message.step == self._committing_step:
@@ -126,6 +159,8 @@ class Link:
                 if state is not None:
                     self._fetched.set_result(state)
                     self._fetching = None
+            case Bye():
+                raise ConnectionLost(f"the server said bye: {message.reason}")
             case _:
                 raise RemoteProtocolError(f"the server sent {message.kind}, which nothing asked for")
 
@@ -142,9 +177,9 @@ async def open_link(host: str, port: int, tracer: Tracer) -> AsyncIterator[Link]
     try:
         async with asyncio.TaskGroup() as tasks:
             link = Link(connection, tracer, tasks)
-            receiving = tasks.create_task(link.receive_forever())
+            link.start_receiving()
             yield link
-            receiving.cancel()
+            link.stop_receiving()
     except BaseExceptionGroup as group:
         connection.abort()
         raise first_error(group, WireError) from None

@@ -12,11 +12,12 @@ _STARTED = "listening on "
 
 
 @contextmanager
-def local_server(modules: Sequence[str] = ()) -> Iterator[str]:
+def local_server(modules: Sequence[str] = (), *, cpu: bool = False) -> Iterator[str]:
     """Run ``cloud-server`` while the block runs; yields its ``HOST:PORT``.
 
     Args:
         modules: what it imports, to know the models that they register.
+        cpu: compute on the CPU even where there is a GPU.
 
     Raises:
         IsthmusError: it did not start; the message is its own.
@@ -24,6 +25,7 @@ def local_server(modules: Sequence[str] = ()) -> Iterator[str]:
     # `edge` does not import `cloud`: the server is a program that happens to be installed here, too.
     command = [sys.executable, "-c", "from cloud.cli import main; main()", "--port", "0"]
     command += [word for module in modules for word in ("--import", module)]
+    command += ["--cpu"] if cpu else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with (
         # Ctrl-C is for this process, which ends the server when it is done with it: a session of its own.

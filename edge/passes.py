@@ -47,6 +47,7 @@ class Pass:
         self.held: dict[int, tuple[Tensor, ...]] = {}  # what the front keeps for the back, by chunk
         self.encoders = context.encoders
         self.decoders = context.decoders
+        self._failed = False
         self._tasks: asyncio.TaskGroup
         self._driver: Driver
 
@@ -61,9 +62,17 @@ class Pass:
             async with asyncio.TaskGroup() as self._tasks:
                 self._driver = Driver(schedule, self._perform)
                 link.on_tensors = self._take
-                await self._driver.run()
+                await self._noticing(self._driver.run())
         finally:
             link.on_tensors = None
+
+    async def _noticing(self, work: Awaitable[None]) -> None:
+        """Take note where something fails: from then on the task group is ending and takes no new tasks."""
+        try:
+            await work
+        except BaseException:
+            self._failed = True
+            raise
 
     def samples(self, chunk: int) -> int:
         """Return how many samples a chunk has."""
@@ -83,9 +92,11 @@ class Pass:
     def _take(self, message: Forward | Backward) -> None:
         if message.step != self.step:
             raise RemoteProtocolError(f"{message.kind} of step {message.step} came in step {self.step}")
+        if self._failed:
+            return
         action, cut = self.incoming(message)
         decoding = self.context.lanes.run(DECODE, str(action), self._decode, message, cut)
-        self._tasks.create_task(self._arrive(action, decoding))
+        self._tasks.create_task(self._noticing(self._arrive(action, decoding)))
 
     def _decode(self, message: Forward | Backward, cut: int) -> tuple[Tensor, ...]:
         infos = self.context.crossing(cut, gradients=isinstance(message, Backward))
@@ -108,7 +119,7 @@ class Pass:
         seed = derive_seed(self.context.seed, self.step, action.chunk, f"cut{cut}.{action.what}")
         encode = partial(self.encoders[cut].encode, dict(zip(names, tensors, strict=True)), seed=seed)
         encoding = self.context.lanes.run(ENCODE, str(action), encode)
-        self._tasks.create_task(self._send(action, names, encoding))
+        self._tasks.create_task(self._noticing(self._send(action, names, encoding)))
 
     async def _send(self, action: Action, names: list[str], encoding: asyncio.Future[Encodings]) -> None:
         step, chunk, backward = self.step, action.chunk, action.backward

@@ -92,7 +92,7 @@ class Pipeline:
         self._context.back.commit(scale)
 
     async def _undo(self, step: int, reason: str) -> None:
-        await self._context.link.send(Abort(step=step, reason=reason))
+        await self._context.link.abort(Abort(step=step, reason=reason))
         await self._context.lanes.run(COMPUTE, "rollback", self._rollback)
 
     def _rollback(self) -> None:

@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 from torch import Tensor
 
@@ -16,14 +15,15 @@ from common.trace import Tracer
 from edge.busy import BusyTimes
 from edge.config import TrainConfig, parse_address
 from edge.context import Context, build_context
-from edge.data.loader import Batch, batch_count, eval_batches, train_batches
+from edge.data.loader import Batch, train_batches
 from edge.depth import DepthTuner, measured_model
+from edge.evaluation import evaluate
 from edge.job import Job, describe, prepare
 from edge.link import Link, open_link
 from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
 from edge.result import TrainResult, fetch_state, save_state
-from wire.errors import RemoteProtocolError
+from wire.errors import ConnectionLost, RemoteProtocolError
 from wire.messages import Committed
 from wire.transport import run
 
@@ -40,10 +40,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, progress: Progress, *, keep_state: bool = False) -> None:
         self._config = config
         self._progress = progress
-        self._keep_state = keep_state or config.save is not None
+        self._keep_state = keep_state
         self._tracer = Tracer("edge", enabled=config.trace is not None)
         self._stats = RunStats()
-        self._stop_asked = False
+        self._stop_asked = self._training = False
         self._total_steps = 0
         self._loss: float | None = None
         self._accuracy: float | None = None
@@ -58,6 +58,11 @@ class Trainer:
     def stop(self) -> None:
         """Ask the run to end after the step under way."""
         self._stop_asked = True
+
+    @property
+    def training(self) -> bool:
+        """Whether the first step has begun."""
+        return self._training
 
     @property
     def steps(self) -> int:
@@ -79,23 +84,24 @@ class Trainer:
         """
         config = self._config
         host, port = parse_address(config.server)
-        with self._resources() as lanes:
-            async with open_link(host, port, self._tracer) as link:
-                self._lanes, self._link = lanes, link
-                self._job = await lanes.run(COMPUTE, "prepare", prepare, config)
-                self._total_steps = self._job.total_steps
-                await self._open()
-                try:
-                    await self._train()
-                except (TrainingStopped, UserError) as error:
-                    # A loss that is not finite, or a sample that cannot be read: what was learnt is kept.
-                    await self._collect()
-                    kept = f"the weights of step {self.steps} are in {config.save}"
-                    hint = "give --save to keep the last good weights"
-                    raise TrainingStopped(f"{error}; {kept if config.save else hint}") from error
-                state = await self._collect()
-                summary = self._summary()
+        with ExitStack() as resources:
+            resources.callback(self._progress.finish)
+            self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
+            resources.callback(lanes.close)
+            try:
+                async with open_link(host, port, self._tracer) as self._link:
+                    self._job = await lanes.run(COMPUTE, "prepare", prepare, config)
+                    self._total_steps = self._job.total_steps
+                    await self._open(resources)
+                    stopped = await self._train_until_stopped()
+                    state = await self._collect()
+            except ConnectionLost as lost:
+                raise ConnectionLost(f"the link to {config.server} was lost {self._when}: {lost}") from lost
+            summary = self._summary()
             self._report(summary)
+            self._write_trace()
+        if stopped is not None:
+            raise TrainingStopped(f"{stopped}; {self._kept()}") from stopped
         return TrainResult(
             steps=self._stats.steps,
             total_steps=self._job.total_steps,
@@ -105,20 +111,12 @@ class Trainer:
             state=state,
         )
 
-    @contextmanager
-    def _resources(self) -> Iterator[Lanes]:
-        config = self._config
-        with ExitStack() as stack:
-            stack.callback(self._progress.finish)
-            if config.metrics is not None:
-                self._metrics = stack.enter_context(MetricsWriter(config.metrics, warn=self._progress.note))
-            lanes = Lanes(self._tracer, config.threads or default_threads())
-            stack.callback(lanes.close)
-            yield lanes
-
-    async def _open(self) -> None:
+    async def _open(self, resources: ExitStack) -> None:
         job, config = self._job, self._config
         ready = await self._link.open(job.spec, job.middle_state)
+        if config.metrics is not None:  # not before: a run that comes to nothing leaves the old file as it is
+            writer = MetricsWriter(config.metrics, warn=self._progress.note)
+            self._metrics = resources.enter_context(writer)
         self._link.on_committed = self._on_committed
         self._context = build_context(job, self._link, self._lanes, ready.memory_format)
         self._pipeline = Pipeline(
@@ -127,6 +125,14 @@ class Trainer:
         self._channels_last = ready.memory_format == "channels_last"
         self._depth = DepthTuner(config.chunks, config.depth)
         self._progress.note(describe(job, ready))
+
+    async def _train_until_stopped(self) -> TrainingStopped | UserError | None:
+        """Train; returns what ended it early: a loss that is not finite, or a sample that cannot be read."""
+        try:
+            await self._train()
+        except (TrainingStopped, UserError) as stopped:
+            return stopped
+        return None
 
     async def _train(self) -> None:
         job, config = self._job, self._config
@@ -155,8 +161,10 @@ class Trainer:
                 start_s = time.perf_counter()
                 batch = await loop.run_in_executor(None, batches.get)
                 assert batch is not None
+                self._training = True
                 await self._one_step(step, batch, start_s)
-                if evaluate_every and (step % evaluate_every == 0 or step == job.total_steps):
+                is_due = evaluate_every and (step % evaluate_every == 0 or step == job.total_steps)
+                if is_due and not self._stop_asked:
                     await self._evaluate(step)
         finally:
             await loop.run_in_executor(None, batches.close)
@@ -215,55 +223,58 @@ class Trainer:
             )
 
     async def _evaluate(self, step: int) -> None:
-        job, chunk_size = self._job, self._job.spec.chunk_size
-        source = job.dataset.test
-        chunks = batch_count(len(source), chunk_size)
-        loop = asyncio.get_running_loop()
-        batches = eval_batches(
-            source,
-            batch_size=chunk_size,
-            image_size=job.image_size,
-            normalise=job.dataset.normalise,
+        score = await evaluate(
+            self._pipeline,
+            self._job,
+            step,
             channels_last=self._channels_last,
-            ahead=4,
+            progress=self._progress,
+            stopping=lambda: self._stop_asked,
         )
-
-        async def fetch(chunk: int) -> tuple[Tensor, Tensor]:
-            self._progress.evaluating(chunk, chunks)
-            batch = await loop.run_in_executor(None, batches.get)
-            assert batch is not None
-            return batch.inputs[0], batch.labels
-
-        try:
-            score = await self._pipeline.evaluate(step, chunks, fetch, depth=job.spec.in_flight)
-        finally:
-            await loop.run_in_executor(None, batches.close)
+        if score is None:
+            return
         self._accuracy = score.accuracy
         report = EvalReport(step=step, loss=score.loss, accuracy=score.accuracy)
         self._progress.evaluated(report)
         self._report(report)
 
     async def _collect(self) -> dict[str, Tensor]:
-        """Bring the trained model together, and write the files that were asked for."""
+        """Bring the trained model together where it is wanted, and write it where it was asked for."""
         config, state = self._config, {}
         await self._link.confirmed()
-        if self._keep_state:
+        saves = (
+            config.save is not None and self.steps > 0
+        )  # an older file is worth more than an untrained model
+        if self._keep_state or saves:
             state = await fetch_state(self._job, self._context)
-        if config.save is not None:
-            await self._lanes.run(COMPUTE, "save", save_state, state, config, self._stats.steps)
+        if saves:
+            await self._lanes.run(COMPUTE, "save", save_state, state, config, self.steps)
             self._progress.note(f"the model is in {config.save}")
-        if config.trace is not None:
-            self._tracer.write(config.trace)
-            self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         return state
 
     def _kept(self) -> str:
-        step, save = self._stats.steps, self._config.save
-        return (
-            f"the weights of step {step} are in {save}"
-            if save
-            else "give --save to keep the last good weights"
-        )
+        if self.steps == 0:
+            return "no step had been made, so nothing was saved"
+        save = self._config.save
+        if save is None:
+            return "give --save to keep the last good weights"
+        return f"the weights of step {self.steps} are in {save}"
+
+    @property
+    def _when(self) -> str:
+        return f"after step {self.steps} of {self.total_steps}" if self._training else "before the first step"
+
+    def _write_trace(self) -> None:
+        path = self._config.trace
+        if path is None:
+            return
+        try:
+            self._tracer.write(path)
+        except OSError as error:
+            raise TrainingStopped(
+                f"the timeline could not be written to {path}: {error.strerror or error}"
+            ) from error
+        self._progress.note(f"the timeline is in {path}; open it at https://ui.perfetto.dev")
 
     def _summary(self) -> SummaryReport:
         connection, busy = self._link.connection, self._busy
