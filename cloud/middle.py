@@ -10,13 +10,14 @@ from cloud.device import Device
 from cloud.loss_scale import LossScale
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
-from common.memory_format import choose_memory_format
+from common.memory_format import SAMPLES, choose_memory_format
 from common.models import build_model, default_image_size
 from common.partition import Split, image_input, split
 from common.propagate import TensorInfo
 from common.spec import JobSpec
 from common.stage import AMP_DTYPES, Stage, seeded
 from common.weights import partition_state, state_digest
+from wire.config import DEFAULT_LIMITS
 from wire.errors import CorruptPayload
 
 
@@ -26,9 +27,10 @@ class Middle:
     Args:
         spec: the job.
         device: where it computes.
+        max_payload: the most bytes that a message carries.
 
     Raises:
-        UserError: the model, a cut or a bottleneck is unknown or does not fit.
+        UserError: the model, a cut or a bottleneck is unknown or does not fit, or a chunk fits no message.
 
     Attributes:
         needs_weights: whether the client's initial weights differ from what this side can build.
@@ -36,19 +38,22 @@ class Middle:
         stage: the partition at work.
     """
 
-    def __init__(self, spec: JobSpec, device: Device) -> None:
+    def __init__(self, spec: JobSpec, device: Device, max_payload: int = DEFAULT_LIMITS.max_payload) -> None:
         parts = _build(spec)
         parts.front.free()
         parts.back.free()
         self._cuts = {1: parts.cut1, 2: parts.cut2}
         self._chunk_size = spec.chunk_size
+        self._check_size(max_payload)
         self._scale = LossScale(enabled=spec.amp == "fp16")
         self.needs_weights = state_digest(partition_state(parts.middle)) != spec.digest
         middle = parts.middle.to(device.torch_device)
         amp = None if spec.amp == "none" else spec.amp
         with seeded(spec.seed, device.torch_device):
             chunk = [
-                torch.rand(info.batched(spec.chunk_size), device=device.torch_device).to(info.dtype)
+                torch.rand(info.batched(min(spec.chunk_size, SAMPLES)), device=device.torch_device).to(
+                    info.dtype
+                )
                 for info in parts.cut1
             ]
             choice = choose_memory_format(
@@ -66,24 +71,44 @@ class Middle:
             amp=amp,
         )
 
+    def _check_size(self, max_payload: int) -> None:
+        for cut, infos in self._cuts.items():
+            chunk_bytes = sum(info.dense_bytes(self._chunk_size) for info in infos)
+            if chunk_bytes > max_payload:
+                raise UserError(
+                    f"a chunk of {self._chunk_size} samples has {chunk_bytes} bytes at cut {cut}, and a message "
+                    f"carries {max_payload}; use more chunks or a smaller batch"
+                )
+
     def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
         """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
         return [info for info in self._cuts[cut] if info.requires_grad or not gradients]
 
-    def check(self, info: TensorInfo, tensor: Tensor) -> None:
+    def check(self, info: TensorInfo, tensor: Tensor, samples: int | None = None) -> int | None:
         """Check that a tensor that came is what crosses there, for at most one chunk of samples.
+
+        Args:
+            info: what crosses.
+            tensor: what came.
+            samples: how many samples it must be of, where that is known.
+
+        Returns:
+            How many samples it is of; None for a tensor that has no batch dimension.
 
         Raises:
             CorruptPayload: it is not.
         """
         rows = tensor.shape[0] if tensor.dim() else 0
-        samples = rows // info.rows if info.rows else 1
-        fits = 1 <= samples <= self._chunk_size and tuple(tensor.shape) == info.batched(samples)
+        came = rows // info.rows if info.rows else None
+        least, most = (1, self._chunk_size) if samples is None else (samples, samples)
+        fits = (came is None or least <= came <= most) and tuple(tensor.shape) == info.batched(came or 0)
         if not fits or tensor.dtype != info.dtype:
+            wanted = "a full chunk" if samples is None else "this chunk"
             raise CorruptPayload(
-                f"{info.name} came as {tensor.dtype} {list(tensor.shape)}; a full chunk of it is {info.dtype} "
-                f"{list(info.batched(self._chunk_size))}"
+                f"{info.name} came as {tensor.dtype} {list(tensor.shape)}; {wanted} of it is {info.dtype} "
+                f"{list(info.batched(most))}"
             )
+        return came
 
     def max_bytes(self) -> int:
         """Return the bytes of the largest tensor that one chunk brings."""

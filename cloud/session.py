@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cloud.device import Device, LaneStreams, Placed
 from cloud.middle import Middle
+from cloud.passing import Passing
 from cloud.streams import Streams
 from common.driver import Driver
 from common.errors import IsthmusError, UserError
@@ -66,13 +67,8 @@ class Session:
         self._streams = LaneStreams(device)
         self._lanes = Lanes(self._tracer, threads)
         self._step = self._aborted = -1
-        self._driver: Driver | None = None
-        self._driving: asyncio.Task[None] | None = None
-        self._placed: dict[Action, Placed] = {}
-        self._evaluating = False
-        self._in_flight = 0
+        self._passing: Passing | None = None
         self._sent = Sent()
-        self._last_chunk = 0
         self._incoming: WeightsReceiver | None = None
         self._tasks: asyncio.TaskGroup
 
@@ -148,7 +144,7 @@ class Session:
             await self._lanes.run(COMPUTE, "load", self._middle.load, state)
 
     async def _send_weights(self, message: Fetch) -> None:
-        if message.what != "weights" or self._driving is not None:
+        if message.what != "weights" or self._passing is not None:
             raise RemoteProtocolError(
                 f"{message.what!r} was asked for; there are weights to fetch, between steps"
             )
@@ -157,10 +153,10 @@ class Session:
             await self._connection.send(piece)
 
     def _begin(self, message: Begin) -> None:
-        if self._driving is not None:
-            raise RemoteProtocolError(f"step {message.step} begins before step {self._step} ended")
+        if self._passing is not None:
+            raise RemoteProtocolError(f"step {message.step} begins before step {self._passing.step} ended")
         limit = MAX_EVALUATION_CHUNKS if message.evaluate else self._spec.chunks
-        if not 1 <= message.chunks <= limit:
+        if message.chunks > limit:
             raise RemoteProtocolError(f"a step of {message.chunks} chunks; the limit is {limit}")
         if not message.evaluate:
             if message.step <= self._step:
@@ -168,82 +164,84 @@ class Session:
             self._step = message.step
             self._busy_before = self._busy_s()
             self._lanes.run(COMPUTE, "begin", self._middle.stage.begin_step)
-        self._evaluating = message.evaluate
-        # An evaluation has streams of its own, so that it changes nothing of training.
-        self._codecs = self._make_streams() if message.evaluate else self._training
-        self._last_chunk = message.chunks - 1
-        self._driver = Driver(cloud_schedule(message.chunks, evaluate=message.evaluate), self._perform)
-        self._driving = self._tasks.create_task(self._drive(self._driver))
+        schedule = cloud_schedule(message.chunks, evaluate=message.evaluate)
+        passing = Passing(
+            step=message.step,
+            evaluate=message.evaluate,
+            chunks=message.chunks,
+            most_in_flight=self._spec.in_flight,
+            # An evaluation has streams of its own, so that it changes nothing of training.
+            codecs=self._make_streams() if message.evaluate else self._training,
+            driver=Driver(schedule, lambda action: self._perform(passing, action)),
+        )
+        passing.driving = self._tasks.create_task(self._drive(passing))
+        self._passing = passing
 
-    async def _drive(self, driver: Driver) -> None:
+    async def _drive(self, passing: Passing) -> None:
         try:
-            await driver.run()
+            await passing.driver.run()
         except ValueError as error:
             raise RemoteProtocolError(str(error)) from error
-        if self._evaluating:
-            self._driver = self._driving = None
+        if passing.evaluate:
+            self._passing = None
 
     def _take_tensors(self, message: Forward | Backward) -> None:
-        if message.step <= self._aborted and not (isinstance(message, Forward) and message.evaluate):
+        evaluates = isinstance(message, Forward) and message.evaluate
+        if message.step <= self._aborted and not evaluates:
             return  # it was under way when its step was aborted
-        action = Action(1, "F" if isinstance(message, Forward) else "B", message.chunk)
-        cut = 1 if isinstance(message, Forward) else 2
-        if self._driver is None or (not self._evaluating and message.step != self._step):
-            raise RemoteProtocolError(f"{action} of step {message.step} came outside that step")
-        if action.what == "F":
-            self._in_flight += 1
-            if self._in_flight > self._spec.in_flight:
-                raise RemoteProtocolError(f"more than {self._spec.in_flight} chunks in flight")
-        if action in self._placed:
-            raise RemoteProtocolError(f"{action} came twice")
-        self._placed[action] = Placed(())
-        decoding = self._lanes.run(DECODE, str(action), self._decode, message, cut)
-        self._tasks.create_task(self._arrive(self._driver, action, decoding))
+        passing = self._passing
+        if passing is None:
+            raise RemoteProtocolError(f"{message.kind} of step {message.step} came outside that step")
+        action, cut = passing.accept(message)
+        decoding = self._lanes.run(DECODE, str(action), self._decode, passing, message, cut)
+        self._tasks.create_task(self._arrive(passing, action, decoding))
 
-    def _decode(self, message: Forward | Backward, cut: int) -> Placed:
+    def _decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
         infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
-        decoder = self._codecs.decoders[cut]
+        decoder, samples = passing.codecs.decoders[cut], passing.samples
 
         def work() -> tuple[Tensor, ...]:
             tensors = decoder.decode(message, [info.name for info in infos], device=self._device.torch_device)
             for info, tensor in zip(infos, tensors.values(), strict=True):
-                self._middle.check(info, tensor)
+                came = self._middle.check(info, tensor, samples.get(message.chunk))
+                if came is not None:
+                    samples[message.chunk] = came
             return tuple(tensors.values())
 
         return self._streams.decode(work)
 
-    async def _arrive(self, driver: Driver, action: Action, decoding: asyncio.Future[Placed]) -> None:
+    async def _arrive(self, passing: Passing, action: Action, decoding: asyncio.Future[Placed]) -> None:
         placed = await decoding
-        if driver is self._driver:  # else the step was aborted meanwhile
-            self._placed[action] = placed
-            driver.arrive(action)
+        if passing is self._passing:  # else the step was aborted meanwhile
+            passing.placed[action] = placed
+            passing.driver.arrive(action)
 
-    async def _perform(self, action: Action) -> None:
-        placed = self._placed.pop(action)
+    async def _perform(self, passing: Passing, action: Action) -> None:
+        placed = passing.placed.pop(action)
         work = self._backward if action.backward else self._forward
-        results, norm_sq = await self._lanes.run(COMPUTE, str(action), work, action, placed)
-        if action.backward or self._evaluating:
-            self._in_flight -= 1
+        results, norm_sq = await self._lanes.run(COMPUTE, str(action), work, passing, action, placed)
         cut = 1 if action.backward else 2
         names = [info.name for info in self._middle.crossing(cut, gradients=action.backward)]
-        encoding = self._lanes.run(ENCODE, str(action), self._encode, action, cut, names, results)
-        self._tasks.create_task(self._send(action, names, encoding, norm_sq))
+        encoding = self._lanes.run(ENCODE, str(action), self._encode, passing, action, cut, names, results)
+        self._tasks.create_task(self._send(passing, action, names, encoding, norm_sq))
 
-    def _forward(self, action: Action, placed: Placed) -> tuple[Placed, float | None]:
+    def _forward(self, passing: Passing, action: Action, placed: Placed) -> tuple[Placed, float | None]:
         stage = self._middle.stage
-        run = stage.evaluate if self._evaluating else partial(stage.forward, self._step, action.chunk)
+        run = stage.evaluate if passing.evaluate else partial(stage.forward, passing.step, action.chunk)
         return self._streams.compute(run, placed), None
 
-    def _backward(self, action: Action, placed: Placed) -> tuple[Placed, float | None]:
+    def _backward(self, passing: Passing, action: Action, placed: Placed) -> tuple[Placed, float | None]:
         results = self._streams.compute(partial(self._middle.backward, action.chunk), placed)
-        if action.chunk != self._last_chunk:
+        if action.chunk != passing.chunks - 1:
             return results, None
         with self._streams.computing():
             return results, self._middle.finish_gradients()
 
-    def _encode(self, action: Action, cut: int, names: list[str], placed: Placed) -> Encodings:
-        seed = derive_seed(self._spec.seed, self._step, action.chunk, f"cut{cut}.{action.what}")
-        encoder = self._codecs.encoders[cut]
+    def _encode(
+        self, passing: Passing, action: Action, cut: int, names: list[str], placed: Placed
+    ) -> Encodings:
+        seed = derive_seed(self._spec.seed, passing.step, action.chunk, f"cut{cut}.{action.what}")
+        encoder = passing.codecs.encoders[cut]
 
         def work(tensors: tuple[Tensor, ...]) -> Encodings:
             return encoder.encode(dict(zip(names, tensors, strict=True)), seed=seed)
@@ -251,22 +249,34 @@ class Session:
         return self._streams.encode(work, placed)
 
     async def _send(
-        self, action: Action, names: list[str], encoding: asyncio.Future[Encodings], norm_sq: float | None
+        self,
+        passing: Passing,
+        action: Action,
+        names: list[str],
+        encoding: asyncio.Future[Encodings],
+        norm_sq: float | None,
     ) -> None:
-        step, chunk, backward = self._step, action.chunk, action.backward
         message = chunk_message(
-            await encoding, names, step, chunk, backward=backward, evaluate=self._evaluating, norm_sq=norm_sq
+            await encoding,
+            names,
+            passing.step,
+            action.chunk,
+            backward=action.backward,
+            evaluate=passing.evaluate,
+            norm_sq=norm_sq,
         )
         receipt = await (await self._connection.send(message))
+        passing.answered(action)
         if receipt.start_ns is not None and receipt.end_ns is not None:
             self._sent.add(str(action), receipt.size, (receipt.end_ns - receipt.start_ns) / 1e9)
             self._tracer.record("send", str(action), receipt.start_ns, receipt.end_ns, bytes=receipt.size)
 
     async def _commit(self, message: Commit) -> None:
-        if self._driving is None or message.step != self._step or self._evaluating:
-            raise RemoteProtocolError(f"commit of step {message.step}, which is not under way")
-        await self._driving
-        self._driver = self._driving = None
+        passing = self._training_step(message, "commit")
+        if not passing.driving.done():
+            raise RemoteProtocolError(f"commit of step {message.step} came before its last gradient had left")
+        await passing.driving
+        self._passing = None
         applied = self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale)
         self._tasks.create_task(self._confirm(message.step, applied))
 
@@ -283,18 +293,21 @@ class Session:
         await self._connection.send(Committed(step=step, detail=detail))
 
     async def _abort(self, message: Abort) -> None:
-        if message.step != self._step:
-            raise RemoteProtocolError(f"abort of step {message.step}, which is not under way")
+        self._training_step(message, "abort")
         self._aborted = message.step
         self._cancel_step()
         await self._lanes.run(COMPUTE, "rollback", self._middle.rollback)
+
+    def _training_step(self, message: Commit | Abort, what: str) -> Passing:
+        passing = self._passing
+        if passing is None or passing.evaluate or message.step != passing.step:
+            raise RemoteProtocolError(f"{what} of step {message.step}, which is not under way")
+        return passing
 
     def _busy_s(self) -> dict[str, float]:
         return {**self._lanes.busy_s, "send": self._sent.busy_s}
 
     def _cancel_step(self) -> None:
-        if self._driving is not None:
-            self._driving.cancel()
-        self._driver = self._driving = None
-        self._in_flight = 0
-        self._placed.clear()
+        if self._passing is not None:
+            self._passing.driving.cancel()
+            self._passing = None

@@ -23,6 +23,9 @@ _DEFAULTS = {
     "conv2": ((((32, 32), 4), ((16, 32), 1)), (((360, 1280), 1), ((100, 1280), 1))),
 }
 
+MOST_PAIRS = 8
+"""Pairs nested at one cut."""
+
 MOST_WEIGHTS = 1 << 26
 """Weights of one convolution; a bottleneck that comes near it is no bottleneck."""
 
@@ -65,6 +68,8 @@ def parse_pairs(kind: str, args: str) -> tuple[tuple[Pair, ...], ...]:
         place = match.end()
         mark = args[place : place + 1]
         if mark in (",", ""):
+            if len(pairs) > MOST_PAIRS:
+                raise UserError(f"{kind} nests at most {MOST_PAIRS} pairs at a cut, not {len(pairs)}")
             cuts.append(tuple(pairs))
             pairs = []
         if mark == "":

@@ -17,14 +17,15 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FORMATS", "FormatChoice", "choose_memory_format", "faster_format"]
+__all__ = ["FORMATS", "SAMPLES", "FormatChoice", "choose_memory_format", "faster_format"]
 
 FORMATS: Final[Mapping[str, torch.memory_format]] = MappingProxyType(
     {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 )
 """The formats by name; the option `auto` stands for measuring."""
 
-_SAMPLES: Final = 4  # of a chunk, enough to order the formats, and cheap
+SAMPLES: Final = 4
+"""Of a chunk, enough to order the formats, and cheap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def choose_memory_format(
         return FormatChoice(name="contiguous")
     device = inputs[0].device
     trial = copy.deepcopy(partition).train()
-    few = [tensor.detach()[:_SAMPLES] for tensor in inputs]
+    few = [tensor.detach()[:SAMPLES] for tensor in inputs]
 
     def run(memory_format: torch.memory_format) -> None:
         trial.to(memory_format=memory_format)  # type: ignore[call-overload]

@@ -71,6 +71,7 @@ class JobSpec:
             ("chunk size", self.chunk_size, 1, MAX_CHUNK_SIZE),
             ("chunks in flight", self.in_flight, 1, MAX_CHUNKS),
             ("seed", self.seed, 0, (1 << 63) - 1),
+            ("the model's seed", self.model.seed, 0, (1 << 63) - 1),
         ):
             if not low <= number <= high:
                 raise UserError(f"{name} must be from {low} to {high}, not {number}")

@@ -215,7 +215,7 @@ class Server:
         if connection._channel.failure is not None:
             logger.info("no session with %s: %s", connection.peer, connection._channel.failure)
             return
-        if len(self._connections) > self._config.max_connections:
+        if len(self._tasks) >= self._config.max_connections:
             connection._channel.leave(
                 Error("busy", f"the server already serves {self._config.max_connections} connections"),
                 ConnectionLost("too many connections"),

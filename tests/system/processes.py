@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-PATIENCE_S = 120  # for whatever must end by itself; a busy machine is slow, a hang is for ever
+PATIENCE_S = 60  # for whatever must end by itself; a busy machine is slow, a hang is for ever
 
 TINY = (
     *("--import", "dropout_model", "--model", "dropout_net", "--cut", "stem", "--cut", "blocks"),

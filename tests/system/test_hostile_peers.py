@@ -1,6 +1,7 @@
 """Peers that break the protocol, on purpose or not, against a live server: each gets a typed error, and the server
 serves the next client."""
 
+import contextlib
 import os
 import socket
 import struct
@@ -331,9 +332,9 @@ BAD_STEPS: dict[str, tuple[Callable[[Job], list[Any]], str, str]] = {
         "stranger",
     ),
     "another dtype": (
-        lambda job: [BEGIN, forward(job, **{entry(job): torch.zeros(4, 8, 8, 8, dtype=torch.int64)})],
+        lambda job: [BEGIN, forward(job, **{entry(job): torch.zeros(4, 8, 8, 8, dtype=torch.int32)})],
         "corrupt_payload",
-        "int64",
+        "int32",
     ),
     "another shape": (
         lambda job: [BEGIN, forward(job, **{entry(job): torch.zeros(4, 8, 8, 7)})],
@@ -507,7 +508,7 @@ def test_payload_of_noise_is_decoded_or_refused_and_never_worse(greeted: Peer, j
 # Peers that take too much.
 
 
-def test_peer_that_never_reads_stops_being_read_and_memory_stays(
+def test_memory_stays_while_a_peer_sends_and_never_reads(
     server: tuple[Command, str], greeted: Peer, job: Job
 ) -> None:
     spec = replace(job.spec, chunk_size=512)
@@ -515,10 +516,12 @@ def test_peer_that_never_reads_stops_being_read_and_memory_stays(
     message = forward(job, step=0, evaluate=True, **{entry(job): torch.zeros(512, 8, 8, 8)})
     greeted.send(Begin(0, 1 << 20, True))
     before = server[0].rss_bytes()
-    with pytest.raises((Hung, ConnectionError)) as stopped:
+    most = 0
+    with contextlib.suppress(Hung, ConnectionError):  # or what it sends is taken and thrown away
         for chunk in range(600):  # 600 MiB in all
             greeted.send(replace(message, chunk=chunk), within_s=2.0)
-    assert server[0].rss_bytes() - before < 200 << 20, stopped
+            most = max(most, server[0].rss_bytes() - before)
+    assert most < 100 << 20
 
 
 def test_thousands_of_bad_connections_leave_memory_flat(server: tuple[Command, str]) -> None:
