@@ -102,17 +102,13 @@ def _is_desc(desc: Any, depth: int = MAX_DEPTH) -> bool:
 def fits(descs: Sequence[Desc], nbytes: int) -> bool:
     """Say whether a payload is as long as descriptions want it.
 
-    Every leaf is followed by padding to a multiple of 64 bytes; the last one's may be left out.
+    Every leaf is followed by padding to a multiple of 64 bytes.
 
     Args:
         descs: descriptions that the rule of `Descs` accepts.
         nbytes: length of the payload.
     """
-    end = total = 0
-    for size in _leaf_sizes(descs):
-        end = total + size
-        total = end + -end % ALIGNMENT
-    return nbytes in (end, total)
+    return nbytes == sum(size + -size % ALIGNMENT for size in _leaf_sizes(descs))
 
 
 def _leaf_sizes(descs: Sequence[Desc]) -> list[int]:

@@ -4,10 +4,10 @@ Each kind of message is a frozen dataclass; its annotations are the table that h
 in both directions: every field there, none more, each of the right type and within its range.
 
 A message with tensors has `tensors`, their descriptions in the order of `names`, and `payload`: the leaves
-of those descriptions, depth first, each followed by zeros up to a multiple of 64 bytes (the last one may go
-without). To send, give the payload as one buffer or as a sequence of buffers that are sent end to end and
-not copied: do not change them before they are sent. In a received message it is one writable memoryview of
-bytes over the buffer it was received into.
+of those descriptions, depth first, each followed by zeros up to a multiple of 64 bytes. To send, give the
+payload as one buffer or as a sequence of buffers that are sent end to end and not copied: do not change them
+before they are sent. In a received message it is one writable memoryview of bytes over the buffer it was
+received into.
 """
 
 from __future__ import annotations

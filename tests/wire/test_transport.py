@@ -19,7 +19,7 @@ import uvloop
 from tests.wire.pair import ROOMY, SAMPLES, frame, to_bytes
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, LocalProtocolError, PeerError, RemoteProtocolError
-from wire.frames import FrameReader, Limits
+from wire.frames import FrameReader, Limits, padding
 from wire.messages import (
     Begin,
     Bye,
@@ -170,7 +170,7 @@ async def raw_server(answer: Callable[[asyncio.StreamReader, asyncio.StreamWrite
 
 def tensor_message(values: np.ndarray[Any, Any], chunk: int = 0) -> Forward:
     desc = {"dtype": "uint8", "shape": [values.nbytes], "order": "C", "size": values.nbytes}
-    return Forward(1, chunk, False, ["x"], [desc], values)
+    return Forward(1, chunk, False, ["x"], [desc], [values, padding(values.nbytes)])
 
 
 def noise(nbytes: int) -> np.ndarray[Any, Any]:
@@ -314,7 +314,7 @@ async def test_large_payload_comes_back_as_it_went() -> None:
             receipt = await connection.send(tensor_message(values))
             answer = await connection.receive()
             assert isinstance(answer, Forward)
-            assert np.array_equal(np.frombuffer(answer.payload, np.uint8), values)
+            assert np.array_equal(np.frombuffer(answer.payload, np.uint8, nbytes), values)
             assert (await receipt).size > nbytes
         await connection.close()
 
@@ -353,7 +353,9 @@ async def test_both_directions_carry_much_at_once() -> None:
             answer = await connection.receive()
             assert isinstance(answer, Forward)
             assert answer.chunk == chunk
-            assert np.array_equal(np.frombuffer(answer.payload, np.uint8), noise(500_000 + chunk))
+            assert np.array_equal(
+                np.frombuffer(answer.payload, np.uint8, 500_000 + chunk), noise(500_000 + chunk)
+            )
         await sending
         await connection.close()
 
@@ -757,7 +759,7 @@ async def test_many_connections_are_served_at_once() -> None:
         for number, connection in enumerate(connections):
             answer = await connection.receive()
             assert isinstance(answer, Forward)
-            assert set(answer.payload) == {number}
+            assert set(answer.payload[:1000]) == {number}
         await asyncio.gather(*(connection.close() for connection in connections))
 
 
