@@ -6,12 +6,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.wire.pair import ROOMY, SAMPLES, joined, read_frames, to_bytes
 from wire.channel import Channel
 from wire.config import WireConfig
-from wire.errors import ConnectionLost, FrameError, LocalProtocolError, PeerError, RemoteProtocolError
-from wire.frames import FrameReader, Limits
+from wire.errors import (
+    ConnectionLost,
+    FrameError,
+    LocalProtocolError,
+    PeerError,
+    RemoteProtocolError,
+    WireError,
+)
+from wire.frames import PRELUDE_SIZE, FrameReader, Limits, encode_frame_head
 from wire.messages import Bye, Error, Forward, Message
 from wire.protocol import Phase, Role
 from wire.serialize import decode
@@ -640,3 +649,39 @@ def test_end_of_the_peer_in_the_middle_of_a_frame_is_told() -> None:
     end.receive_bytes(to_bytes(SAMPLES["forward"])[:-10])
     end.channel.received_eof()
     assert "in the middle of a frame: 54 of 64 payload bytes" in str(end.channel.failure)
+
+
+# For all inputs.
+
+
+def changed_header(kind: str, at: int, byte: int) -> bytes:
+    """A frame with one byte of its header changed and a checksum that matches all the same."""
+    data = to_bytes(SAMPLES[kind])
+    header_end = PRELUDE_SIZE + int.from_bytes(data[8:12], "big")
+    header = bytearray(data[PRELUDE_SIZE:header_end])
+    header[at % len(header)] = byte
+    return encode_frame_head(bytes(header), len(data) - header_end) + data[header_end:]
+
+
+FRAMES = st.sampled_from(sorted(SAMPLES)).map(lambda kind: to_bytes(SAMPLES[kind]))
+CHANGED = st.builds(
+    changed_header, st.sampled_from(sorted(SAMPLES)), st.integers(0, 999), st.integers(0, 255)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.booleans(), st.lists(FRAMES | CHANGED | st.binary(max_size=60), max_size=6), st.booleans())
+def test_whatever_the_peer_sends_the_channel_goes_on_or_ends_in_good_order(
+    running: bool, stream: list[bytes], eof: bool
+) -> None:
+    end = End(receive_queue=100).running() if running else End(receive_queue=100).attach()
+    end.receive_bytes(b"".join(stream))
+    if eof:
+        end.channel.received_eof()
+    lost = end.channel.failure
+    assert lost is None or isinstance(lost, WireError)
+    assert not isinstance(lost, LocalProtocolError)
+    assert end.stream.eof == (lost is not None)
+    assert len(end.due) == 1  # the next heartbeat, or the patience with a peer that does not close
+    if isinstance(lost, RemoteProtocolError) and end.stream.taken:
+        assert end.sent_kinds()[-1] == "error"

@@ -179,6 +179,29 @@ def test_tensors_of_any_shape_cross(chain: str, gradient: bool, shapes: list[lis
         torch.testing.assert_close(back[name], tensor, atol=0.05, rtol=0.01)
 
 
+WILD = st.recursive(
+    st.none() | st.integers(-9, 2**64) | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["codec", "meta", "dtype", "shape", "order", "parts", "size"]), inner, max_size=7
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(CHAINS), WILD, st.integers(0, 4))
+def test_arbitrary_description_is_corrupt_or_decodes_to_little(chain: str, desc: Any, leaves: int) -> None:
+    message = Forward(1, 0, False, ["a"], [desc], bytearray(64 * leaves))
+    try:
+        tensor = read(message, ["a"], chain)["a"]
+    except CorruptPayload:
+        return
+    assert tensor.nbytes <= 255 * 64 * leaves
+
+
 # Weights.
 
 
