@@ -82,18 +82,8 @@ def _row_extremes(bits: Ints) -> tuple[np.int32, np.int32]:
 
 
 @_compiled
-def extremes(bits: Ints, width: int, count: int, by_row: bool) -> Floats:
-    """The least and the greatest value of each group.
-
-    Args:
-        bits: the flat matrix, float32 seen as int32.
-        width: of the matrix.
-        count: how many groups.
-        by_row: row r belongs to group ``r % count``, not column c to group c.
-
-    Returns:
-        Float32 `[2, count]`. A group with NaN in it has NaN as one of the two at least.
-    """
+def _extremes(bits: Ints, width: int, count: int, by_row: bool) -> Floats:
+    """The least and the greatest value of each group; a group with NaN in it has it as one of the two."""
     found = np.empty((2, count), np.int32)
     low, high = found[0], found[1]
     low[:], high[:] = 0x7FFFFFFF, -0x80000000
@@ -120,6 +110,36 @@ def extremes(bits: Ints, width: int, count: int, by_row: bool) -> Floats:
         low[group] ^= (low[group] >> np.int32(31)) & np.int32(0x7FFFFFFF)
         high[group] ^= (high[group] >> np.int32(31)) & np.int32(0x7FFFFFFF)
     return found.view(np.float32)
+
+
+@_compiled
+def ranges(
+    bits: Ints, width: int, count: int, by_row: bool, share: np.float32, tiny: np.float32
+) -> tuple[Floats, np.float32]:
+    """The range of each group.
+
+    Args:
+        bits: the flat matrix, float32 seen as int32.
+        width: of the matrix.
+        count: how many groups.
+        by_row: row r belongs to group ``r % count``, not column c to group c.
+        share: the distance between levels over that between the least and the greatest value.
+        tiny: distances below it become 0.
+
+    Returns:
+        Float32 `[2, count]`, the least value and the distance between levels; and the largest magnitude, NaN
+        where there is NaN.
+    """
+    params = _extremes(bits, width, count, by_row)
+    peak = np.float32(0)
+    for group in range(count):
+        low, high = params[0, group], params[1, group]
+        if np.isnan(low) or np.isnan(high):
+            return params, np.float32(np.nan)
+        peak = max(peak, abs(low), abs(high))
+        scale = (high - low) * share
+        params[1, group] = scale if scale >= tiny else np.float32(0)
+    return params, peak
 
 
 @_compiled
@@ -163,7 +183,7 @@ def quantize(
         x: the flat matrix.
         width: of the matrix.
         params: `low` and `scale` of each group, `[2, count]`.
-        by_row: how groups lie, as for `extremes`.
+        by_row: how groups lie, as for `ranges`.
         noise: a table to take from.
         starts: element i takes ``noise[starts[i // period] + i % period]``; where `starts` is empty, 0.5.
         period: see `starts`.
@@ -221,7 +241,7 @@ def dequantize(q: Bytes, width: int, params: Floats, by_row: bool, x: Floats) ->
         q: the flat matrix.
         width: of the matrix.
         params: `low` and `scale` of each group, `[2, count]`.
-        by_row: how groups lie, as for `extremes`.
+        by_row: how groups lie, as for `ranges`.
         x: of q's size.
     """
     low, scale = params[0], params[1]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from wire.codecs.affine import Groups, dequantize, quantize, ranges
+from wire.codecs.affine import Groups, are_finite, dequantize, quantize, ranges
 from wire.codecs.base import Call, Codec, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
 from wire.codecs.layout import TensorType
 from wire.codecs.registry import register
@@ -62,7 +62,7 @@ class Int8(Codec):
     def decode(self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any]) -> Tensor:
         """Each level's value, in the original dtype."""
         q, params = parts
-        if not bool(params.isfinite().all()):
+        if not are_finite(params):
             raise CorruptPayload(f"the scales of a tensor encoded with {self.name} are not finite")
         groups = Groups.of(whole)
         x = whole.empty(q.device)
