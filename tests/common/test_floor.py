@@ -163,6 +163,20 @@ def test_a_step_bound_by_the_link_down_waits_for_the_first_frame_and_the_last_fr
     assert (least.bound_by, least.fill_s, least.work_s, least.drain_s) == ("down", 0.5 + 1 + 0.5, 80, 1 + 0.5)
 
 
+def test_fill_and_work_are_of_the_set_that_bounds_and_not_of_what_ran_before_it():
+    early = ChunkCost(
+        seconds={"0F": 1},
+        messages={"0F": Message(size_bytes=125), "2T": Message(size_bytes=125 * 20)},
+    )
+    late = ChunkCost(
+        seconds={"0F": 10, "1F": 20, "2T": 20, "1B": 20}, messages={"0F": Message(size_bytes=125 * 30)}
+    )
+    least = floor(StepModel(chunks=(early, late), link=Link(up_bit_s=1000, down_bit_s=1e15)))
+    # The link up is busy from second 1 on, with the first chunk's frames; what bounds is the second one's.
+    assert (least.bound_by, least.fill_s, least.work_s) == ("up", 11, 30)
+    assert least.drain_s == pytest.approx(60)
+
+
 @pytest.mark.parametrize("side", ["edge", "cloud"])
 def test_a_step_bound_by_one_side_is_its_compute_and_codecs(side):
     own = ("0F", "2T", "0B") if side == "edge" else ("1F", "1B")

@@ -47,7 +47,7 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def mobilenet():
     return prepare(
-        TrainConfig(server="127.0.0.1", image_size=32, compress="conv+int8", train_limit=100, test_limit=20)
+        TrainConfig(server="127.0.0.1", image_size=32, compress="conv+int8", train_limit=128, test_limit=20)
     )
 
 
@@ -209,7 +209,7 @@ def test_a_job_is_described_in_one_line(mobilenet):
     ready = Ready(need_weights=False, device="cuda:0 Some GPU", memory_format="channels_last", detail={})
     text = describe(mobilenet, ready)
     assert text == (
-        "mobilenet_v2 on digits (100 training and 20 test images, 10 classes, 32 px), cut after features.0.1 "
+        "mobilenet_v2 on digits (128 training and 20 test images, 10 classes, 32 px), cut after features.0.1 "
         "and features.18, compress conv+int8; the server computes on cuda:0 Some GPU (channels_last)"
     )
 
