@@ -63,17 +63,25 @@ class Setting:
     judged: bool = True
 
 
-SHARED = {"model": "mobilenet_v2", "image_size": 64, "batch_size": 128, "chunks": 2, "schedule": "cosine"}
+SHARED = {
+    "model": "mobilenet_v2",
+    "image_size": 48,
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "augment": False,  # few passes: there is nothing to vary yet
+    "test_limit": 2_000,
+}
 SMALL = Setting(
     "two CPU cores",
-    train=SHARED | {"train_limit": 12_800, "test_limit": 2_000, "epochs": 1, "lr": 0.02},
-    pretrain=SHARED
-    | {"test_limit": 2_000, "epochs": 3, "optimizer": "adamw", "lr": 0.003, "warmup_steps": 40},
+    train=SHARED | {"chunks": 2, "train_limit": 16_000, "lr": 0.002, "warmup_steps": 10},
+    pretrain=SHARED | {"chunks": 1, "epochs": 4, "lr": 0.003, "warmup_steps": 40},
 )
+_BRIEF = SHARED | {"image_size": 32, "test_limit": 256}
 QUICK = Setting(
     "a quick look",
-    train=SHARED | {"image_size": 32, "train_limit": 1_280, "test_limit": 256, "lr": 0.02},
-    pretrain=SHARED | {"image_size": 32, "test_limit": 256, "steps": 20, "optimizer": "adamw", "lr": 0.003},
+    train=_BRIEF | {"chunks": 2, "train_limit": 1_280, "lr": 0.002},
+    pretrain=_BRIEF | {"chunks": 1, "steps": 20, "lr": 0.003},
     judged=False,
 )
 FULL = Setting(
