@@ -8,6 +8,7 @@ from common.choices import AMP, MEMORY_FORMATS
 from common.errors import UserError
 
 DEFAULT_PORT = 7433
+_LARGEST_SEED = (1 << 63) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,8 @@ class TrainConfig:
         ):
             if value is not None and value < low:
                 raise UserError(f"--{name} must be at least {low}, not {value}")
+        if self.seed > _LARGEST_SEED:
+            raise UserError(f"--seed must be at most {_LARGEST_SEED}, not {self.seed}")
         if self.batch_size < self.chunks:
             raise UserError(
                 f"a batch of {self.batch_size} cannot be cut into {self.chunks} chunks: "

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
@@ -86,6 +88,8 @@ def prepare(config: TrainConfig) -> Job:
     )
     model = build_model(model_spec)
     image_size = config.image_size or default_image_size(config.model, _torchvision_weights(config.weights))
+    total_steps = config.steps or config.epochs * batch_count(len(dataset.train), config.batch_size)
+    _check_smallest_chunk(model, config, image_size, samples=len(dataset.train), steps=total_steps)
     cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model)
     parts = with_bottleneck(
         split(model, cuts, image_input(image_size)), compression.bottlenecks, seed=config.seed
@@ -95,7 +99,6 @@ def prepare(config: TrainConfig) -> Job:
         name: tensor.to("meta") if name in used else tensor.clone()
         for name, tensor in model.state_dict().items()
     }
-    total_steps = config.steps or config.epochs * batch_count(len(dataset.train), config.batch_size)
     spec = JobSpec(
         model=ModelSpec(
             name=config.model,
@@ -137,6 +140,35 @@ def prepare(config: TrainConfig) -> Job:
         spec=spec,
         total_steps=total_steps,
     )
+
+
+def _check_smallest_chunk(
+    model: nn.Module, config: TrainConfig, image_size: int, *, samples: int, steps: int
+) -> None:
+    """Find out before training whether a chunk of a single sample, where there will be one, can be normalised.
+
+    BatchNorm needs more than one value of each channel, which one small image does not give it.
+    """
+    full, rest = divmod(samples, config.batch_size)
+    batches = [config.batch_size] * (full > 0) + [rest] * (rest > 0 and steps > full)
+    single = [size for size in batches if _last_chunk(size, config.chunks) == 1]
+    if not single:
+        return
+    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            functional_call(model, state, (torch.empty(1, 3, image_size, image_size, device="meta"),))
+    except ValueError as error:
+        raise UserError(
+            f"{config.model} cannot train on a chunk of one sample at {image_size} px ({error}), and a batch of "
+            f"{single[0]} samples in {config.chunks} chunks has one: change --batch-size, --chunks or --image-size"
+        ) from error
+
+
+def _last_chunk(batch: int, chunks: int) -> int:
+    """Return how many samples the last chunk has, as `torch.chunk` cuts."""
+    size = -(-batch // chunks)
+    return batch % size or size
 
 
 def _torchvision_weights(weights: str | None) -> str | None:

@@ -5,7 +5,8 @@ A pass performs the edge's actions as the schedule says, sends what each gives a
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -62,14 +63,16 @@ class Pass:
             async with asyncio.TaskGroup() as self._tasks:
                 self._driver = Driver(schedule, self._perform)
                 link.on_tensors = self._take
-                await self._noticing(self._driver.run())
+                with self._noticing():
+                    await self._driver.run()
         finally:
             link.on_tensors = None
 
-    async def _noticing(self, work: Awaitable[None]) -> None:
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
         """Take note where something fails: from then on the task group is ending and takes no new tasks."""
         try:
-            await work
+            yield
         except BaseException:
             self._failed = True
             raise
@@ -96,7 +99,7 @@ class Pass:
             return
         action, cut = self.incoming(message)
         decoding = self.context.lanes.run(DECODE, str(action), self._decode, message, cut)
-        self._tasks.create_task(self._noticing(self._arrive(action, decoding)))
+        self._tasks.create_task(self._arrive(action, decoding))
 
     def _decode(self, message: Forward | Backward, cut: int) -> tuple[Tensor, ...]:
         infos = self.context.crossing(cut, gradients=isinstance(message, Backward))
@@ -110,8 +113,9 @@ class Pass:
         return tuple(tensors.values())
 
     async def _arrive(self, action: Action, decoding: asyncio.Future[tuple[Tensor, ...]]) -> None:
-        self.arrived[action] = await decoding
-        self._driver.arrive(action)
+        with self._noticing():
+            self.arrived[action] = await decoding
+            self._driver.arrive(action)
 
     def send(self, action: Action, cut: int, tensors: Sequence[Tensor]) -> None:
         """Encode and send an action's results in the background, in the order of the calls."""
@@ -119,12 +123,14 @@ class Pass:
         seed = derive_seed(self.context.seed, self.step, action.chunk, f"cut{cut}.{action.what}")
         encode = partial(self.encoders[cut].encode, dict(zip(names, tensors, strict=True)), seed=seed)
         encoding = self.context.lanes.run(ENCODE, str(action), encode)
-        self._tasks.create_task(self._noticing(self._send(action, names, encoding)))
+        self._tasks.create_task(self._send(action, names, encoding))
 
     async def _send(self, action: Action, names: list[str], encoding: asyncio.Future[Encodings]) -> None:
-        step, chunk, backward = self.step, action.chunk, action.backward
-        message = chunk_message(await encoding, names, step, chunk, backward=backward, evaluate=self.evaluate)
-        await self.context.link.send(message, name=str(action))
+        step, chunk, backward, evaluate = self.step, action.chunk, action.backward, self.evaluate
+        with self._noticing():
+            encodings = await encoding
+            message = chunk_message(encodings, names, step, chunk, backward=backward, evaluate=evaluate)
+            await self.context.link.send(message, name=str(action))
 
 
 class TrainingPass(Pass):

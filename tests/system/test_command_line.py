@@ -42,6 +42,7 @@ WRONG_OPTIONS = {
     "a bare IPv6 address": (("--server", "fd00::5"), "[fd00::5]:7433"),
     "one cut": ((*NOWHERE, "--cut", "features.1"), "give --cut twice"),
     "a batch smaller than the chunk count": ((*NOWHERE, "--batch-size", "4"), "--chunks 4 or fewer"),
+    "a seed too large": ((*NOWHERE, "--seed", str(2**63)), "--seed must be at most"),
     "no steps": ((*NOWHERE, "--steps", "0"), "--steps must be at least 1"),
     "less than no depth": ((*NOWHERE, "--depth", "-1"), "--depth must be at least 1"),
     "options before the demo's name": (("--steps", "3", "demo"), "--steps stands before demo"),
@@ -96,6 +97,17 @@ def test_model_that_is_like_no_other_is_answered_with_all_there_are(address):
 
 def test_unknown_weights_of_a_known_model_are_answered_with_those_that_exist(address):
     assert "IMAGENET1K_V1" in refusal("edge-client", "--server", address, "--weights", "IMAGENET")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--batch-size", "8", "--chunks", "8", "--steps", "1"), ("--train-limit", "41", "--batch-size", "32")],
+    ids=["in every batch", "in an epoch's last batch"],
+)
+def test_chunk_of_one_sample_that_cannot_be_normalised_is_found_before_training(address, arguments):
+    said = refusal("edge-client", "--server", address, "--image-size", "32", *arguments)
+    assert "mobilenet_v2 cannot train on a chunk of one sample at 32 px" in said
+    assert "change --batch-size, --chunks or --image-size" in said
 
 
 def test_model_without_preset_cuts_asks_for_them(address):
