@@ -70,9 +70,7 @@ def moved(state: Mapping[str, Tensor], since: Mapping[str, Tensor] | None = None
 # How a step is cut and how many are made.
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "chunks", "count"), [(8, 1, 1), (8, 8, 8), (10, 4, 4), (9, 4, 3), (7, 2, 2)]
-)
+@pytest.mark.parametrize(("batch_size", "chunks", "count"), [(8, 1, 1), (10, 4, 4), (9, 4, 3)])
 def test_chunks_are_those_of_torch_with_an_uneven_last_one(
     address: str, tmp_path: Path, batch_size: int, chunks: int, count: int
 ) -> None:
@@ -116,7 +114,6 @@ def test_steps_count_instead_of_epochs(address: str, tmp_path: Path) -> None:
     ("options", "steps"),
     [
         (("--eval-every", 2), [2, 4, 5]),
-        (("--eval-every", 5), [5]),
         (("--eval-every", 9), [5]),
         (("--eval-every", 0), []),
     ],
@@ -328,15 +325,14 @@ def test_another_number_of_classes_replaces_the_classifier_alone(address: str, t
         assert delta.abs().max() < 1e-6, name
 
 
-def test_seed_decides_everything(address: str, tmp_path: Path) -> None:
+def test_seed_decides_everything(address: str, tmp_path: Path, uncompressed: Run) -> None:
     losses = {}
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        (tmp_path / name).mkdir()
-        losses[name] = [
-            line["loss"] for line in Run(address, tmp_path / name, "--seed", seed, "--steps", 2).steps
-        ]
-    assert losses["a"] == losses["b"]
-    assert losses["a"] != losses["c"]
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        this = Run(address, tmp_path / str(seed), "--seed", seed, "--steps", 3)
+        losses[seed] = [line["loss"] for line in this.steps]
+    assert losses[0] == [line["loss"] for line in uncompressed.steps]
+    assert losses[1] != losses[0]
 
 
 def test_augmentation_can_be_left_out(address: str, tmp_path: Path, uncompressed: Run) -> None:
