@@ -6,22 +6,20 @@ and the server goes on.
 """
 
 import asyncio
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cloud.device import Device, LaneStreams, Placed
 from cloud.middle import Middle
 from cloud.passing import Passing
 from cloud.streams import Streams
+from cloud.work import Work
 from common.driver import Driver
 from common.errors import IsthmusError, UserError
 from common.groups import first_error
 from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
 from common.schedule import Action, cloud_schedule
-from common.seeding import derive_seed
 from common.spec import JobSpec
 from common.trace import Tracer
 from common.traffic import Sent
@@ -98,6 +96,7 @@ class Session:
         self._spec = spec
         self._tracer.enabled = spec.trace
         self._middle = middle = await self._lanes.run(COMPUTE, "build", Middle, spec, self._device)
+        self._work = Work(middle, self._streams, spec.seed)
         self._training = self._make_streams()
         if middle.needs_weights:
             self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
@@ -193,22 +192,8 @@ class Session:
         if passing is None:
             raise RemoteProtocolError(f"{message.kind} of step {message.step} came outside that step")
         action, cut = passing.accept(message)
-        decoding = self._lanes.run(DECODE, str(action), self._decode, passing, message, cut)
+        decoding = self._lanes.run(DECODE, str(action), self._work.decode, passing, message, cut)
         self._tasks.create_task(self._arrive(passing, action, decoding))
-
-    def _decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
-        infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
-        decoder, samples = passing.codecs.decoders[cut], passing.samples
-
-        def work() -> tuple[Tensor, ...]:
-            tensors = decoder.decode(message, [info.name for info in infos], device=self._device.torch_device)
-            for info, tensor in zip(infos, tensors.values(), strict=True):
-                came = self._middle.check(info, tensor, samples.get(message.chunk))
-                if came is not None:
-                    samples[message.chunk] = came
-            return tuple(tensors.values())
-
-        return self._streams.decode(work)
 
     async def _arrive(self, passing: Passing, action: Action, decoding: asyncio.Future[Placed]) -> None:
         placed = await decoding
@@ -218,35 +203,14 @@ class Session:
 
     async def _perform(self, passing: Passing, action: Action) -> None:
         placed = passing.placed.pop(action)
-        work = self._backward if action.backward else self._forward
+        work = self._work.backward if action.backward else self._work.forward
         results, norm_sq = await self._lanes.run(COMPUTE, str(action), work, passing, action, placed)
         cut = 1 if action.backward else 2
         names = [info.name for info in self._middle.crossing(cut, gradients=action.backward)]
-        encoding = self._lanes.run(ENCODE, str(action), self._encode, passing, action, cut, names, results)
+        encoding = self._lanes.run(
+            ENCODE, str(action), self._work.encode, passing, action, cut, names, results
+        )
         self._tasks.create_task(self._send(passing, action, names, encoding, norm_sq))
-
-    def _forward(self, passing: Passing, action: Action, placed: Placed) -> tuple[Placed, float | None]:
-        stage = self._middle.stage
-        run = stage.evaluate if passing.evaluate else partial(stage.forward, passing.step, action.chunk)
-        return self._streams.compute(run, placed), None
-
-    def _backward(self, passing: Passing, action: Action, placed: Placed) -> tuple[Placed, float | None]:
-        results = self._streams.compute(partial(self._middle.backward, action.chunk), placed)
-        if action.chunk != passing.chunks - 1:
-            return results, None
-        with self._streams.computing():
-            return results, self._middle.finish_gradients()
-
-    def _encode(
-        self, passing: Passing, action: Action, cut: int, names: list[str], placed: Placed
-    ) -> Encodings:
-        seed = derive_seed(self._spec.seed, passing.step, action.chunk, f"cut{cut}.{action.what}")
-        encoder = passing.codecs.encoders[cut]
-
-        def work(tensors: tuple[Tensor, ...]) -> Encodings:
-            return encoder.encode(dict(zip(names, tensors, strict=True)), seed=seed)
-
-        return self._streams.encode(work, placed)
 
     async def _send(
         self,
@@ -268,7 +232,7 @@ class Session:
         receipt = await (await self._connection.send(message))
         passing.answered(action)
         if receipt.start_ns is not None and receipt.end_ns is not None:
-            self._sent.add(str(action), receipt.size, (receipt.end_ns - receipt.start_ns) / 1e9)
+            self._sent.add(str(action), receipt.size, receipt.busy_ns / 1e9)
             self._tracer.record("send", str(action), receipt.start_ns, receipt.end_ns, bytes=receipt.size)
 
     async def _commit(self, message: Commit) -> None:

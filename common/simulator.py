@@ -1,7 +1,8 @@
 """Dry-runs the schedule against a cost model: how long a step takes, who waits, whether it ends at all.
 
 It drives the very generators that training runs on (`common.schedule`). Messages wait before the encoder,
-the link and the decoder, gradients before activations; a message that has begun is not interrupted.
+the link and the decoder, gradients before activations but on the way down. On the link, what crosses cut 1
+makes room, even on its way, for what crosses cut 2 (`wire.outbox`).
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class _Step:
         self._resource = {lane: model.resource(lane) for lane in LANES}
         self._compute = {piece.action: piece for chain in work for piece in chain if piece.lane in _COMPUTE}
         self._sides = dict(zip(_COMPUTE, (_Side(edge), _Side(cloud)), strict=True))
-        self._queues: dict[str, list[tuple[bool, int, Work]]] = {
+        self._queues: dict[str, list[tuple[bool, int, Work, float]]] = {
             lane: [] for lane in LANES if lane not in _COMPUTE
         }
         self._travelling: list[tuple[float, int, int, Work]] = []
@@ -139,22 +140,35 @@ class _Step:
     def _start_computing(self) -> None:
         for lane, side in self._sides.items():
             if lane not in self._running and (action := side.next_action()) is not None:
-                self._start(self._compute[action])
+                piece = self._compute[action]
+                self._start(piece, piece.seconds)
 
     def _start_waiting(self) -> None:
         for lane, queue in self._queues.items():
+            if lane in _LINKS and queue:
+                self._interrupt(lane, queue)
             if lane not in self._running and queue:
-                self._start(heapq.heappop(queue)[-1])
+                *_, piece, left_s = heapq.heappop(queue)
+                self._start(piece, left_s)
+
+    def _interrupt(self, lane: str, queue: list[tuple[bool, int, Work, float]]) -> None:
+        """Put a message back that is on its way while a more urgent one waits."""
+        run = self._running.get(lane)
+        if run is not None and run.left_s > 0 and queue[0][0] < (not _is_urgent(run.piece)):
+            del self._running[lane]
+            if self._now_s > run.start_s:
+                self._spans.append(Span(lane, run.piece.action, run.start_s, self._now_s))
+            self._queue(run.piece, run.left_s)
 
     def _more_happens_now(self) -> bool:
         # What costs nothing is done before a side decides what to compute next, or it would decide too early.
         ending = any(run.left_s <= 0 and lane in self._queues for lane, run in self._running.items())
         return ending or (bool(self._travelling) and self._travelling[0][0] <= self._now_s)
 
-    def _start(self, piece: Work) -> None:
+    def _start(self, piece: Work, left_s: float) -> None:
         if piece.place != self._done[piece.action.chunk]:
             raise DeadlockError(f"{piece.action} was to run, but its input has not arrived")
-        self._running[piece.lane] = _Running(piece, self._now_s, piece.seconds)
+        self._running[piece.lane] = _Running(piece, self._now_s, left_s)
         if piece.place == 0:
             self._in_flight += 1
             self._max_in_flight = max(self._max_in_flight, self._in_flight)
@@ -195,7 +209,17 @@ class _Step:
         if piece.lane in self._sides:
             self._sides[piece.lane].arrivals.append(piece.action)
         else:
-            heapq.heappush(self._queues[piece.lane], (not piece.action.backward, piece.action.chunk, piece))
+            self._queue(piece, piece.seconds)
+
+    def _queue(self, piece: Work, left_s: float) -> None:
+        entry = (not _is_urgent(piece), piece.action.chunk, piece, left_s)
+        heapq.heappush(self._queues[piece.lane], entry)
 
 
+def _is_urgent(piece: Work) -> bool:
+    """Whether a message goes before others on its lane: on the link, if it crosses cut 2."""
+    return piece.action.backward is (piece.lane != "down")
+
+
+_LINKS: Final = ("up", "down")
 _COMPUTE: Final = ("edge compute", "cloud compute")

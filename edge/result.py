@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from common.errors import TrainingStopped
 from common.metrics import SummaryReport
+from common.trace import Tracer
 from common.weights import merge_states, partition_state, save_model, split_bottleneck
 from edge.config import TrainConfig
 from edge.context import Context
@@ -62,3 +64,16 @@ def save_state(state: Mapping[str, Tensor], config: TrainConfig, steps: int) -> 
         raise TrainingStopped(
             f"the model of step {steps} could not be written to {config.save}: {reason}"
         ) from error
+
+
+def write_trace(tracer: Tracer, path: Path) -> None:
+    """Write the timeline of both sides.
+
+    Raises:
+        TrainingStopped: the disk is full, or the file cannot be written.
+    """
+    try:
+        tracer.write(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise TrainingStopped(f"the timeline could not be written to {path}: {reason}") from error

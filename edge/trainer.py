@@ -22,7 +22,7 @@ from edge.job import Job, describe, prepare
 from edge.link import Link, open_link
 from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
-from edge.result import TrainResult, fetch_state, save_state
+from edge.result import TrainResult, fetch_state, save_state, write_trace
 from wire.errors import ConnectionLost, RemoteProtocolError
 from wire.messages import Committed
 from wire.transport import run
@@ -43,7 +43,7 @@ class Trainer:
         self._keep_state = keep_state
         self._tracer = Tracer("edge", enabled=config.trace is not None)
         self._stats = RunStats()
-        self._stop_asked = self._training = False
+        self._stop_asked = self.training = False
         self._total_steps = 0
         self._loss: float | None = None
         self._accuracy: float | None = None
@@ -58,11 +58,6 @@ class Trainer:
     def stop(self) -> None:
         """Ask the run to end after the step under way."""
         self._stop_asked = True
-
-    @property
-    def training(self) -> bool:
-        """Whether the first step has begun."""
-        return self._training
 
     @property
     def steps(self) -> int:
@@ -99,7 +94,9 @@ class Trainer:
                 raise ConnectionLost(f"the link to {config.server} was lost {self._when}: {lost}") from lost
             summary = self._summary()
             self._report(summary)
-            self._write_trace()
+            if config.trace is not None:
+                write_trace(self._tracer, config.trace)
+                self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
             raise TrainingStopped(f"{stopped}; {self._kept()}") from stopped
         return TrainResult(
@@ -161,7 +158,7 @@ class Trainer:
                 start_s = time.perf_counter()
                 batch = await loop.run_in_executor(None, batches.get)
                 assert batch is not None
-                self._training = True
+                self.training = True
                 await self._one_step(step, batch, start_s)
                 is_due = evaluate_every and (step % evaluate_every == 0 or step == job.total_steps)
                 if is_due and not self._stop_asked:
@@ -262,19 +259,7 @@ class Trainer:
 
     @property
     def _when(self) -> str:
-        return f"after step {self.steps} of {self.total_steps}" if self._training else "before the first step"
-
-    def _write_trace(self) -> None:
-        path = self._config.trace
-        if path is None:
-            return
-        try:
-            self._tracer.write(path)
-        except OSError as error:
-            raise TrainingStopped(
-                f"the timeline could not be written to {path}: {error.strerror or error}"
-            ) from error
-        self._progress.note(f"the timeline is in {path}; open it at https://ui.perfetto.dev")
+        return f"after step {self.steps} of {self.total_steps}" if self.training else "before the first step"
 
     def _summary(self) -> SummaryReport:
         connection, busy = self._link.connection, self._busy

@@ -19,9 +19,20 @@ MAY_IMPORT = {
     "common": {"common"},
 }
 INPUT_OUTPUT = {"asyncio", "uvloop", "socket", "socketserver", "selectors", "threading", "concurrent", "ssl"}
-PURE = ["wire/frames.py", "wire/messages.py", "wire/protocol.py", "wire/errors.py", "common/schedule.py"]
+PURE = [
+    *("wire/prelude.py", "wire/frames.py", "wire/messages.py", "wire/outbox.py", "wire/protocol.py"),
+    *("wire/errors.py", "common/schedule.py"),
+]
+    "wire/frames.py",
+    "wire/prelude.py",
+    "wire/outbox.py",
+    "wire/messages.py",
+    "wire/protocol.py",
+    "wire/errors.py",
+    "common/schedule.py",
+]
 LINE_LIMIT = 300
-LONG_ON_PURPOSE: set[str] = set()
+LONG_ON_PURPOSE = {"wire/transport.py"}  # all of asyncio is in this one file
 
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix() for name in MAY_IMPORT for path in (ROOT / name).rglob("*.py")

@@ -4,14 +4,12 @@ A `Channel` is told what happens to the stream (bytes came, the kernel has room 
 has passed) and tells the stream what to do. It knows no event loop: that gives it the stream, the waiters
 and the timer.
 
-Both queues are bounded. The stream is given one frame at a time, so that a more urgent frame waits for at
-most the one that is on its way. When too many received messages wait to be taken, the stream is not read
-until some are, so that TCP slows the peer.
+Both queues are bounded. `wire.sender` decides what is sent next. When too many received messages wait to be
+taken, the stream is not read until some are, so that TCP slows the peer.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -19,14 +17,14 @@ from wire.config import WireConfig
 from wire.errors import ConnectionLost, LocalProtocolError, WireError
 from wire.loop import Stream, Timer, Waiter, wake
 from wire.messages import Bye, Error, Message
-from wire.outbox import Outbox, SendReceipt
+from wire.outbox import SendReceipt
 from wire.protocol import Protocol, Role
+from wire.sender import Sender
 from wire.sockets import explain_loss
 
 __all__ = ["Channel"]
 
 _MAX_URGENT = 256  # unsent heartbeats; a peer that causes more of them floods us
-_PIECE = 256 * 1024  # what a stream that copies what it cannot send is given at once
 
 
 class Channel:
@@ -63,35 +61,36 @@ class Channel:
         self._new_waiter = new_waiter
         self._call_later = call_later
         self._stream: Stream
-        self._splits = False
-        self._outbox = Outbox()
-        self._sending: SendReceipt | None = None  # the frame that the stream has in part
-        self._pieces: deque[memoryview] = deque()  # what of it the stream has still to be given
-        self._written = 0
+        self._sender = Sender(forward_first=role is Role.SERVER)
+        self._sent_bytes = 0  # once the stream has ended
         self._receiver: Waiter | None = None
         self._senders: deque[Waiter] = deque()
         self._timer: Timer | None = None
-        self._writing_paused = self._reading_paused = self._beating = self._finishing = False
+        self._reading_paused = self._beating = self._finishing = False
 
     # What the application wants.
 
     @property
     def sent_bytes(self) -> int:
         """Bytes that the kernel took."""
-        return self._written if self._lost.done() else self._written - self._stream.get_write_buffer_size()
+        return self._sent_bytes if self._lost.done() else self._sender.sent_bytes
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """How fast the kernel takes what is sent; None where that is not known yet."""
+        return self._sender.pace.bytes_per_s
 
     @property
     def full(self) -> bool:
         """Too many messages wait to be sent."""
-        return self._outbox.ordinary >= self._config.send_queue and self.failure is None
+        return self._sender.waiting >= self._config.send_queue and self.failure is None
 
     def queue(self, message: Message) -> SendReceipt:
         """Queue a message to be sent, and send it if it can be."""
         buffers, size = self.protocol.send(message)
         receipt = SendReceipt(buffers, size, self._new_waiter)
-        self._outbox.push(message.kind, receipt)
-        if not self._writing_paused:
-            self._pump()
+        self._sender.push(message.kind, receipt)
+        self._pumped()
         return receipt
 
     async def room(self) -> None:
@@ -127,8 +126,7 @@ class Channel:
         """End because this end wants to: with bye after everything that is queued, or with an error in its place."""
         if self.failure is None:
             if isinstance(message, Error):
-                for receipt in self._outbox.drain():
-                    receipt.finish(failure)
+                self._sender.drop_waiting(failure)
             self.queue(message)
             self.end(failure)
             self.inbox.clear()
@@ -151,7 +149,7 @@ class Channel:
             splits: give it frames in pieces, because it copies what it cannot send at once.
         """
         self._stream = stream
-        self._splits = splits
+        self._sender.attach(stream, splits=splits)
         self._after(self._config.handshake_s, self._handshake_expired)
         self._send_replies()
 
@@ -187,16 +185,16 @@ class Channel:
 
     def pause_writing(self) -> None:
         """The stream buffers some of what it was given."""
-        self._writing_paused = True
+        self._sender.paused = True
 
     def resume_writing(self) -> None:
         """The stream buffers nothing any more."""
-        self._writing_paused = False
+        self._sender.paused = False
         self._pump()
 
     def detach(self, error: Exception | None) -> None:
         """The stream has ended."""
-        self._written = self.sent_bytes
+        self._sent_bytes = self.sent_bytes
         lost = self.protocol.receive_eof()
         if isinstance(error, OSError):
             lost = ConnectionLost(f"{explain_loss(error)}: {lost.reason}")
@@ -219,45 +217,25 @@ class Channel:
     def _send_replies(self) -> None:
         for reply in self.protocol.take_replies() if self.failure is None else ():
             self.queue(reply)
-        if self._outbox.urgent > _MAX_URGENT:
+        if self._sender.urgent > _MAX_URGENT:
             self.abort(ConnectionLost("the peer floods this end with pings and does not read the answers"))
 
     def _pump(self) -> None:
-        """Give the stream frames until the kernel is full."""
-        while not self._writing_paused and (self._sending or self._outbox) and not self._stream.is_closing():
-            if self._sending is None:
-                self._sending = self._outbox.pop()
-                self._begin_frame(self._sending)
-            while self._pieces and not self._writing_paused:
-                self._written += len(self._pieces[0])
-                self._stream.write(self._pieces.popleft())
-            if not self._writing_paused:
-                self._sending.finish()
-                self._sending = None
+        self._sender.pump()
+        self._pumped()
+
+    def _pumped(self) -> None:
         if self._senders and not self.full:
             self._wake_senders()
-        if self._finishing and not (self._sending or self._outbox or self._stream.is_closing()):
+        if self._finishing and self._sender.idle and not self._stream.is_closing():
             self._stream.write_eof()
-
-    def _begin_frame(self, receipt: SendReceipt) -> None:
-        receipt.start_ns = time.monotonic_ns()
-        if not self._splits:
-            self._written += receipt.size
-            self._stream.writelines(receipt.buffers)
-            return
-        for buffer in receipt.buffers:
-            view = memoryview(buffer)
-            self._pieces.extend(view[at : at + _PIECE] for at in range(0, len(view), _PIECE))
 
     def _wake_senders(self) -> None:
         while self._senders:
             wake(self._senders.popleft())
 
     def _drop_queue(self) -> None:
-        for receipt in [*filter(None, [self._sending]), *self._outbox.drain()]:
-            receipt.finish(self.failure)
-        self._sending = None
-        self._pieces.clear()
+        self._sender.drop(self.failure)
 
     def _resume_reading(self) -> None:
         if self._reading_paused and not self._stream.is_closing():
@@ -268,13 +246,11 @@ class Channel:
 
     def _break(self, error: WireError) -> None:
         """End because of what the peer sent, and tell it."""
-        cut = bool(self._pieces)  # then it has half a frame, and no use for another one
         self.end(error)
-        self._drop_queue()
         frame = self.protocol.fail(error)
-        if frame and not cut and not self._stream.is_closing():
-            self._written += sum(map(len, frame))
-            self._stream.writelines(frame)
+        if frame:
+            self._sender.write_last(frame)
+        self._drop_queue()
         self._finish()
 
     def _finish(self) -> None:

@@ -5,12 +5,17 @@ A frame is a prelude of 24 bytes in network byte order, a header and a payload::
     offset  size  field
     0       4     magic, b"ISTH"
     4       1     frame format, 1
-    5       1     flags, 0
-    6       2     reserved, 0
+    5       1     flags: 0, SPLIT or PIECE
+    6       2     number: 0 where flags is 0
     8       4     header_len, bytes
     12      8     payload_len, bytes
     20      4     CRC-32 (as zlib's) of prelude[0:20] followed by the header
     24      ...   header, then payload
+
+A large frame can be sent in pieces, with other frames between them. Then its prelude and header go first, with
+the flag SPLIT and a number that no other frame under way has, and no payload follows. The payload comes in
+pieces, each after a prelude of its own with the flag PIECE, the same number, no header and the piece's length;
+it is complete when as many bytes have come as the first prelude said.
 
 `FrameReader` is made for readers that receive into given memory (`asyncio.BufferedProtocol`, `recv_into`).
 A payload is received where it stays: its buffer is a little longer than itself, so that one system call
@@ -22,48 +27,43 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from struct import Struct
 from typing import NamedTuple
 
-from wire.buffers import ALIGNMENT, BufferPool
+from wire.buffers import BufferPool
 from wire.errors import ForeignProtocol, FrameError, LimitExceeded
+from wire.prelude import (
+    CHECKSUM,
+    FIELDS,
+    FRAME_FORMAT,
+    HANDSHAKE_LIMITS,
+    MAGIC,
+    MAX_SPLIT,
+    PIECE,
+    PRELUDE_SIZE,
+    SPLIT,
+    Limits,
+    encode_frame_head,
+    encode_piece_head,
+    padding,
+    split_frame_head,
+)
 
 __all__ = [
+    "FRAME_FORMAT",
     "HANDSHAKE_LIMITS",
+    "MAX_SPLIT",
     "PRELUDE_SIZE",
     "Frame",
     "FrameReader",
     "Limits",
     "encode_frame_head",
+    "encode_piece_head",
     "padding",
+    "split_frame_head",
 ]
-
-MAGIC = b"ISTH"
-FRAME_FORMAT = 1
-_FIELDS = Struct("!4sBBHIQ")
-_CHECKSUM = Struct("!I")
-PRELUDE_SIZE = _FIELDS.size + _CHECKSUM.size
 
 _HEAD_SIZE = 4096  # what is read at once while no payload is due; so much of a payload is copied at most
 _SLACK = 512  # room behind a payload for the next frame's prelude and header
-_ZEROS = bytes(ALIGNMENT)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The largest frame that an end accepts.
-
-    Attributes:
-        max_header: bytes of header.
-        max_payload: bytes of payload.
-    """
-
-    max_header: int
-    max_payload: int
-
-
-HANDSHAKE_LIMITS = Limits(max_header=4096, max_payload=0)
-"""In force until both sides have said hello."""
 
 
 class Frame(NamedTuple):
@@ -80,15 +80,25 @@ class Frame(NamedTuple):
     size: int
 
 
-def padding(nbytes: int) -> bytes:
-    """Return the zero bytes that bring `nbytes` to the next multiple of 64."""
-    return _ZEROS[: -nbytes % ALIGNMENT]
+@dataclass(slots=True)
+class _Arriving:
+    """A frame whose payload is being received.
 
+    Attributes:
+        header: msgpack bytes.
+        block: receives the payload, and _SLACK more.
+        payload_len: of the whole payload.
+        size: bytes on the wire so far, the payload's not counted.
+        filled: payload bytes received.
+        end: `filled` at the end of what comes without another prelude.
+    """
 
-def encode_frame_head(header: bytes, payload_len: int) -> bytes:
-    """Return prelude and header of a frame; `payload_len` bytes have to follow them."""
-    fields = _FIELDS.pack(MAGIC, FRAME_FORMAT, 0, 0, len(header), payload_len)
-    return b"".join((fields, _CHECKSUM.pack(zlib.crc32(header, zlib.crc32(fields))), header))
+    header: bytes
+    block: memoryview
+    payload_len: int
+    size: int
+    filled: int = 0
+    end: int = 0
 
 
 class FrameReader:
@@ -108,27 +118,33 @@ class FrameReader:
         self._head = memoryview(bytearray(_HEAD_SIZE))
         self._start = self._end = 0  # what of the head is received and not yet used
         self._wanted = PRELUDE_SIZE  # bytes from _start on that the next thing to do needs
-        self._header: bytes | None = None  # of the frame whose payload is being received
-        self._block = memoryview(b"")  # receives the payload, and _SLACK more
-        self._payload_len = self._filled = 0
+        self._arriving: _Arriving | None = None  # what the next bytes belong to, unless to the head
+        self._split: dict[int, _Arriving] = {}  # frames in pieces, by number
         self._first = True
 
     @property
     def mid_frame(self) -> bool:
         """A frame has begun to arrive and is not complete."""
-        return self._header is not None or self._end > self._start
+        return self._arriving is not None or self._end > self._start or bool(self._split)
+
+    @property
+    def missing(self) -> int:
+        """Payload bytes that are sure to come before any other prelude; 0 where a prelude is next."""
+        return self._arriving.end - self._arriving.filled if self._arriving is not None else 0
 
     @property
     def progress(self) -> str:
         """How far the frame that is arriving has come, in words."""
-        if self._header is not None:
-            return f"{self._filled} of {self._payload_len} payload bytes had arrived"
+        arriving = self._arriving or next(iter(self._split.values()), None)
+        if arriving is not None:
+            return f"{arriving.filled} of {arriving.payload_len} payload bytes had arrived"
         return f"{self._end - self._start} of at least {self._wanted} header bytes had arrived"
 
     def next_buffer(self) -> memoryview:
         """Return the memory that the next bytes of the stream belong into; never empty."""
-        if self._header is not None:
-            return self._block[self._filled :]
+        arriving = self._arriving
+        if arriving is not None:
+            return arriving.block[arriving.filled : arriving.end + _SLACK]
         room = max(self._wanted, _HEAD_SIZE)
         if self._start + room > len(self._head):
             self._compact(room)
@@ -136,8 +152,8 @@ class FrameReader:
 
     def advance(self, nbytes: int) -> None:
         """Take note that `nbytes` were received into the buffer that `next_buffer` returned last."""
-        if self._header is not None:
-            self._filled += nbytes
+        if self._arriving is not None:
+            self._arriving.filled += nbytes
         else:
             self._end += nbytes
 
@@ -148,24 +164,25 @@ class FrameReader:
             FrameError: the bytes are no frame.
             LimitExceeded: a declared length is above `limits`; nothing was allocated for it.
         """
-        if self._header is None and not self._parse_head():
-            return None
-        if self._filled < self._payload_len:
-            return None
-        assert self._header is not None
-        frame = Frame(
-            self._header,
-            self._block[: self._payload_len],
-            PRELUDE_SIZE + len(self._header) + self._payload_len,
-        )
-        leftover = self._filled - self._payload_len
-        if leftover:  # then the head is empty, for it is used up before a payload is received into its block
-            self._head[:leftover] = self._block[self._payload_len : self._filled]
-            self._start, self._end = 0, leftover
-        self._header = None
-        self._block = self._head[:0]  # lets go of the payload: only the frame refers to it now
-        self._payload_len = self._filled = 0
-        return frame
+        while True:
+            if self._arriving is None and not self._parse_head():
+                return None
+            arriving = self._arriving
+            if arriving is None:
+                continue  # the head of a frame in pieces
+            leftover = arriving.filled - arriving.end
+            if leftover < 0:
+                return None
+            if (
+                leftover
+            ):  # then the head is empty, for it is used up before a payload is received into its block
+                self._head[:leftover] = arriving.block[arriving.end : arriving.filled]
+                self._start, self._end = 0, leftover
+                arriving.filled = arriving.end
+            self._arriving = None  # lets go of the payload: only the frame refers to it now
+            if arriving.filled == arriving.payload_len:
+                payload = arriving.block[: arriving.payload_len]
+                return Frame(arriving.header, payload, arriving.size + arriving.payload_len)
 
     def _parse_head(self) -> bool:
         """Parse prelude and header once they are complete, and prepare the payload's buffer."""
@@ -176,40 +193,71 @@ class FrameReader:
             return False
         start = self._start
         prelude = self._head[start : start + PRELUDE_SIZE]
-        magic, frame_format, flags, reserved, header_len, payload_len = _FIELDS.unpack_from(prelude)
+        magic, frame_format, flags, number, header_len, payload_len = FIELDS.unpack_from(prelude)
         if self._wanted == PRELUDE_SIZE:
             if magic != MAGIC:
                 self._check_magic()
-            if frame_format != FRAME_FORMAT or flags or reserved:
-                raise FrameError(
-                    f"unknown frame format {frame_format}, flags {flags}, reserved {reserved};"
-                    f" this program reads format {FRAME_FORMAT} with zeros"
-                )
-            if header_len > self.limits.max_header:
-                raise LimitExceeded("header", header_len, self.limits.max_header)
-            if payload_len > self.limits.max_payload:
-                raise LimitExceeded("payload", payload_len, self.limits.max_payload)
+            self._check_prelude(frame_format, flags, number, header_len, payload_len)
             self._first = False
             if have < PRELUDE_SIZE + header_len:
                 self._wanted = PRELUDE_SIZE + header_len
                 return False
         head_end = start + PRELUDE_SIZE + header_len
         header = bytes(self._head[start + PRELUDE_SIZE : head_end])
-        checksum = zlib.crc32(header, zlib.crc32(prelude[: _FIELDS.size]))
-        if checksum != _CHECKSUM.unpack_from(prelude, _FIELDS.size)[0]:
+        checksum = zlib.crc32(header, zlib.crc32(prelude[: FIELDS.size]))
+        if checksum != CHECKSUM.unpack_from(prelude, FIELDS.size)[0]:
             raise FrameError("the checksum of a frame's header does not match: the stream is damaged")
         self._wanted = PRELUDE_SIZE
-        self._header = header
-        self._payload_len = payload_len
-        at_hand = min(self._end - head_end, payload_len)
-        if payload_len:
-            self._block = self._pool.take(payload_len + _SLACK)
-            self._block[:at_hand] = self._head[head_end : head_end + at_hand]
-        self._filled = at_hand
-        self._start = head_end + at_hand
+        self._start = head_end
+        if flags == PIECE:
+            arriving = self._split[number]
+            arriving.end += payload_len
+            arriving.size += PRELUDE_SIZE
+            if arriving.end == arriving.payload_len:
+                del self._split[number]
+        else:
+            block = self._pool.take(payload_len + _SLACK) if payload_len else self._head[:0]
+            arriving = _Arriving(header, block, payload_len, PRELUDE_SIZE + header_len)
+        if flags == SPLIT:
+            self._split[number] = arriving
+        else:
+            self._receive(arriving, arriving.end if flags == PIECE else payload_len)
         if self._start == self._end:
             self._start = self._end = 0
         return True
+
+    def _receive(self, arriving: _Arriving, end: int) -> None:
+        """Let the next bytes belong to a payload, up to `end`; those of the head at once."""
+        arriving.end = end
+        at_hand = min(self._end - self._start, end - arriving.filled)
+        arriving.block[arriving.filled : arriving.filled + at_hand] = self._head[
+            self._start : self._start + at_hand
+        ]
+        arriving.filled += at_hand
+        self._start += at_hand
+        self._arriving = arriving
+
+    def _check_prelude(
+        self, frame_format: int, flags: int, number: int, header_len: int, payload_len: int
+    ) -> None:
+        known = (flags == 0 and number == 0) or (flags in (SPLIT, PIECE) and payload_len > 0)
+        if frame_format != FRAME_FORMAT or not known:
+            raise FrameError(
+                f"unknown frame format {frame_format}, flags {flags}, number {number}, payload {payload_len};"
+                f" this program reads format {FRAME_FORMAT}, whole or in pieces"
+            )
+        if header_len > self.limits.max_header:
+            raise LimitExceeded("header", header_len, self.limits.max_header)
+        if payload_len > self.limits.max_payload:
+            raise LimitExceeded("payload", payload_len, self.limits.max_payload)
+        if flags == SPLIT and number in self._split:
+            raise FrameError(f"two frames in pieces have the number {number}")
+        if flags == SPLIT and len(self._split) == MAX_SPLIT:
+            raise LimitExceeded("number of frames in pieces", MAX_SPLIT + 1, MAX_SPLIT)
+        if flags == PIECE:
+            whole = self._split.get(number)
+            if whole is None or header_len or payload_len > whole.payload_len - whole.filled:
+                raise FrameError(f"a piece came that is none of a frame with the number {number}")
 
     def _check_magic(self) -> None:
         first_bytes = bytes(self._head[self._start : self._start + len(MAGIC)])

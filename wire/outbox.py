@@ -1,8 +1,11 @@
 """What waits to be sent, the most urgent first.
 
 Heartbeats, errors and aborts go before everything else. The messages that order the others (open, begin,
-commit and the like) keep their place: nothing passes them in either direction. Between two of those,
-backward frames go before forward frames, for they free memory and finish the step, and weights go last.
+commit and the like) keep their place: nothing passes them in either direction. Between two of those, what
+crosses cut 2 goes before what crosses cut 1, because more of the step still hangs on it: from the client
+backward frames before forward frames, from the server forward frames before backward frames. Weights go last.
+
+A large frame is sent in pieces. What is more urgent goes between two of them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from itertools import count
 from typing import Any
 
 from wire.errors import WireError
+from wire.frames import PRELUDE_SIZE, encode_piece_head, split_frame_head
 from wire.loop import Waiter, wake
 from wire.messages import Buffer
 
@@ -21,25 +25,33 @@ __all__ = ["Outbox", "SendReceipt"]
 
 _URGENT = frozenset({"ping", "pong", "error", "abort"})
 _RANKS = {"backward": 1, "forward": 2, "weights": 3}
+_FORWARD_FIRST = {"forward": 1, "backward": 2, "weights": 3}
 
 
 class SendReceipt:
     """What became of a sent message. Awaiting it waits until the kernel has the whole frame, and returns it.
 
     Attributes:
-        size: bytes of the frame.
+        size: bytes of the frame, with the preludes of its pieces once they are on their way.
         start_ns: monotonic time at which its first byte was offered to the kernel; None before.
         end_ns: monotonic time at which the kernel had all of it; None before.
-        buffers: the frame; empty once it is sent.
+        busy_ns: how long the kernel took over it, without what went between its pieces.
+        buffers: the frame, or what of its payload is not on its way yet; empty once it is sent.
+        in_pieces: some of it is on its way.
     """
 
-    __slots__ = ("_error", "_new_waiter", "_waiters", "buffers", "end_ns", "size", "start_ns")
+    __slots__ = (
+        *("_error", "_new_waiter", "_waiters"),
+        *("buffers", "busy_ns", "end_ns", "in_pieces", "size", "start_ns"),
+    )
 
     def __init__(self, buffers: list[Buffer], size: int, new_waiter: Callable[[], Waiter]) -> None:
         self.buffers = buffers
         self.size = size
         self.start_ns: int | None = None
         self.end_ns: int | None = None
+        self.busy_ns = 0
+        self.in_pieces = False
         self._error: WireError | None = None
         self._new_waiter = new_waiter
         self._waiters: list[Waiter] | None = None
@@ -66,13 +78,17 @@ class SendReceipt:
 class Outbox:
     """A priority queue of frames; the caller bounds it.
 
+    Args:
+        forward_first: activations go before gradients.
+
     Attributes:
         urgent: how many urgent messages wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, forward_first: bool = False) -> None:
         # Compared by era (the ordering messages so far; -1 for what is urgent), then rank, then age.
         self._heap: list[tuple[int, int, int, SendReceipt]] = []
+        self._ranks = _FORWARD_FIRST if forward_first else _RANKS
         self._numbers = count()
         self._era = 0
         self.urgent = 0
@@ -87,7 +103,7 @@ class Outbox:
 
     def push(self, kind: str, receipt: SendReceipt) -> None:
         """Add the frame of a message of this kind."""
-        rank = _RANKS.get(kind)
+        rank = self._ranks.get(kind)
         if rank is not None:
             era = self._era
         elif kind in _URGENT:
@@ -98,14 +114,56 @@ class Outbox:
             self._era += 2
         heapq.heappush(self._heap, (era, rank, next(self._numbers), receipt))
 
-    def pop(self) -> SendReceipt:
-        """Remove and return what is to be sent next; IndexError where nothing waits."""
-        era, _, _, receipt = heapq.heappop(self._heap)
+    def take(self, piece_bytes: int) -> tuple[list[Buffer], SendReceipt, bool]:
+        """Take what is to be sent next, IndexError where nothing waits.
+
+        Args:
+            piece_bytes: a payload that is much longer is cut into pieces of so many bytes. What is left of it
+                keeps its place.
+
+        Returns:
+            What to send, the receipt of the frame that it belongs to, and whether that is now sent to its end.
+        """
+        era, rank, number, receipt = heapq.heappop(self._heap)
         if era < 0:
             self.urgent -= 1
-        return receipt
+        if rank == 0 or not (receipt.in_pieces or _payload(receipt) > piece_bytes * 3 // 2):
+            return receipt.buffers, receipt, True
+        # The rank also numbers the pieces' frame: of each rank at most one is on its way, the oldest.
+        buffers: list[Buffer] = []
+        if not receipt.in_pieces:
+            head, *receipt.buffers = receipt.buffers
+            buffers.append(split_frame_head(bytes(head), rank))
+            receipt.in_pieces = True
+        piece = _cut(receipt, piece_bytes)
+        buffers += [encode_piece_head(rank, sum(map(len, piece))), *piece]
+        receipt.size += PRELUDE_SIZE
+        if receipt.buffers:
+            heapq.heappush(self._heap, (era, rank, number, receipt))
+        return buffers, receipt, not receipt.buffers
 
     def drain(self) -> Iterator[SendReceipt]:
         """Remove and yield everything."""
         while self._heap:
-            yield self.pop()
+            yield heapq.heappop(self._heap)[-1]
+        self.urgent = 0
+
+
+def _payload(receipt: SendReceipt) -> int:
+    return receipt.size - len(receipt.buffers[0])
+
+
+def _cut(receipt: SendReceipt, piece_bytes: int) -> list[Buffer]:
+    """Take the next piece off a receipt's buffers; what would be left over of less than half joins it."""
+    left = sum(map(len, receipt.buffers))
+    wanted = left if left < piece_bytes * 3 // 2 else piece_bytes
+    piece: list[Buffer] = []
+    while wanted:
+        view = memoryview(receipt.buffers[0])
+        piece.append(view[:wanted])
+        if len(view) > wanted:
+            receipt.buffers[0] = view[wanted:]
+        else:
+            del receipt.buffers[0]
+        wanted -= len(piece[-1])
+    return piece

@@ -139,6 +139,11 @@ class Protocol:
             return self.config.handshake_s
         return self.config.timeout_s if self.config.timeout_s is not None else 3 * self.heartbeat_s
 
+    @property
+    def missing(self) -> int:
+        """Bytes that have still to come of the payload that is arriving; 0 where none is."""
+        return 0 if self.phase is Phase.CLOSED else self._reader.missing
+
     def send(self, message: Message) -> tuple[list[Buffer], int]:
         """Return the buffers to send for a message, and their size in bytes.
 

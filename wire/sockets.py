@@ -5,23 +5,105 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import time
+from collections.abc import Callable
 
 from wire.errors import ConnectionLost, ForeignProtocol, PeerError, WireError
 from wire.loop import Dialer
 
-__all__ = ["dial", "explain", "explain_loss", "explain_refusal", "spell_address", "tune"]
+__all__ = [
+    "LowWater",
+    "Unsent",
+    "dial",
+    "explain",
+    "explain_loss",
+    "explain_refusal",
+    "spell_address",
+    "tune",
+]
 
 _UNSENT_BYTES = 1 << 20  # what may wait unsent in the kernel, where priorities no longer reach it
+_UNSENT_S = 0.02
+_LEAST_UNSENT, _MOST_UNSENT = 128 * 1024, 1 << 20
+_GATHERED_NS = 2_000_000
+_LEAST_GATHERED = 16 * 1024
+_MOST_GATHERED = 256 * 1024
 
 
 def tune(sock: socket.socket) -> None:
-    """Send at once (no Nagle) and keep little unsent in the kernel, where the platform can."""
+    """Send at once (no Nagle), where the platform can."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    unsent = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-    if unsent is not None:
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, unsent, _UNSENT_BYTES)
+
+
+class Unsent:
+    """How many bytes may wait unsent in the kernel, where priorities no longer reach them.
+
+    Enough for 20 ms, so that the link is not idle when this end is late, and at least 128 KiB.
+
+    Args:
+        sock: the connection's; where it has no such option, nothing happens.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._set = 0
+        self._allow(_MOST_UNSENT)
+
+    def adjust(self, bytes_per_s: float | None) -> None:
+        """Choose anew for a pace, None for one that is not known yet."""
+        wanted = min(max(int((bytes_per_s or 0) * _UNSENT_S), _LEAST_UNSENT), _MOST_UNSENT)
+        if bytes_per_s is not None and not self._set * 3 // 4 <= wanted <= self._set * 4 // 3:
+            self._allow(wanted)
+
+    def _allow(self, nbytes: int) -> None:
+        self._set = nbytes
+        option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+        if option is not None:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.IPPROTO_TCP, option, nbytes)
+
+
+class LowWater:
+    """How many bytes the kernel gathers before it wakes this end: as many as come in two milliseconds.
+
+    Woken for every packet, at 1 Gbit/s thousands of times a second, the event loop takes a core from a thread
+    that computes just as often, and torch's other threads wait for that one. Never more is waited for than is
+    sure to come, the rest of a payload.
+
+    Args:
+        sock: the connection's; where it has no such option, nothing happens.
+        clock_ns: a monotonic clock in nanoseconds.
+    """
+
+    def __init__(self, sock: socket.socket, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._sock = sock
+        self._clock_ns = clock_ns
+        self._last_ns = clock_ns()
+        self._bytes_per_ns = 0.0
+        self._set = 1
+
+    def adjust(self, nbytes: int, missing: int) -> None:
+        """Choose anew, after bytes have come.
+
+        Args:
+            nbytes: how many came just now.
+            missing: how many of a payload are still to come; 0 where a header is next.
+        """
+        if missing < _LEAST_GATHERED and self._set == 1:
+            return
+        now_ns = self._clock_ns()
+        rate = nbytes / max(now_ns - self._last_ns, 1)
+        self._last_ns = now_ns
+        # Down at once, for a link that has become slow; up with care, for what had waited came in no time.
+        self._bytes_per_ns = min(rate, self._bytes_per_ns + (rate - self._bytes_per_ns) / 4)
+        wanted = min(missing, int(self._bytes_per_ns * _GATHERED_NS), _MOST_GATHERED)
+        if wanted < _LEAST_GATHERED:
+            wanted = 1
+        if wanted < self._set or wanted > self._set * 5 // 4:
+            self._set = wanted
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
 
 
 async def dial(loop: Dialer, host: str, port: int) -> socket.socket:

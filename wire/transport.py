@@ -19,7 +19,7 @@ from wire.errors import ConnectFailed, ConnectionLost, WireError
 from wire.messages import Bye, Error, Hello, Message, Welcome
 from wire.outbox import SendReceipt
 from wire.protocol import Role
-from wire.sockets import dial, explain, explain_refusal, spell_address, tune
+from wire.sockets import LowWater, Unsent, dial, explain, explain_refusal, spell_address, tune
 
 __all__ = ["Connection", "SendReceipt", "Server", "connect", "run", "serve"]
 
@@ -144,7 +144,9 @@ class Connection(asyncio.BufferedProtocol):
         stream = cast(asyncio.Transport, transport)
         stream.set_write_buffer_limits(high=0)
         self.peer = spell_address(stream.get_extra_info("peername"))
-        tune(stream.get_extra_info("socket"))
+        sock = stream.get_extra_info("socket")
+        tune(sock)
+        self._low_water, self._unsent = LowWater(sock), Unsent(sock)
         # uvloop's transports refer to what they cannot send at once; asyncio's copy it.
         self._channel.attach(stream, splits=not type(stream).__module__.startswith("uvloop"))
 
@@ -155,6 +157,7 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes came in."""
         self._channel.received(nbytes)
+        self._low_water.adjust(nbytes, self._channel.protocol.missing)
 
     def eof_received(self) -> bool:
         """The peer sends nothing more; the transport then closes."""
@@ -168,6 +171,7 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The kernel has all that the transport was given."""
         self._channel.resume_writing()
+        self._unsent.adjust(self._channel.bytes_per_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport is closed."""

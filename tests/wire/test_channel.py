@@ -21,7 +21,7 @@ from wire.errors import (
     WireError,
 )
 from wire.frames import PRELUDE_SIZE, FrameReader, Limits, encode_frame_head
-from wire.messages import Bye, Error, Forward, Message
+from wire.messages import Backward, Bye, Error, Forward, Message
 from wire.protocol import Phase, Role
 from wire.serialize import decode
 
@@ -202,9 +202,11 @@ def is_waiting(coroutine: Coroutine[Any, Any, Any]) -> bool:
     return True
 
 
-def large(nbytes: int = 1 << 20) -> Forward:
+def large(nbytes: int = 1 << 20, *, backward: bool = False) -> Forward | Backward:
     """A message with a payload."""
     desc = {"dtype": "uint8", "shape": [nbytes], "order": "C", "size": nbytes}
+    if backward:
+        return Backward(1, 0, ["x"], [desc], None, np.zeros(nbytes, np.uint8))
     return Forward(1, 0, False, ["x"], [desc], np.zeros(nbytes, np.uint8))
 
 
@@ -300,14 +302,33 @@ def test_only_one_frame_is_given_to_the_stream_at_a_time() -> None:
     assert end.stream.get_write_buffer_size() == len(to_bytes(SAMPLES["committed"]))
 
 
-def test_urgent_frame_waits_for_no_more_than_the_one_under_way() -> None:
+def test_urgent_frame_waits_for_no_more_than_the_piece_under_way() -> None:
     end = End(room=0).running()
     end.channel.queue(large())
     end.channel.queue(SAMPLES["forward"])
     end.channel.queue(SAMPLES["backward"])
     end.receive(SAMPLES["ping"])
     end.stream.drain()
-    assert end.sent_kinds() == ["forward", "pong", "backward", "forward"]
+    assert end.sent_kinds() == ["pong", "forward", "forward", "backward"]
+
+
+def test_server_sends_an_activation_between_the_pieces_of_a_gradient() -> None:
+    end = End(room=0).running()
+    end.channel.queue(large(backward=True))
+    end.channel.queue(SAMPLES["forward"])
+    end.stream.drain()
+    assert end.sent_kinds() == ["forward", "backward"]
+
+
+def test_receipt_is_done_after_the_last_piece_and_counts_every_prelude() -> None:
+    end = End(room=0).running()
+    receipt = end.channel.queue(large())
+    whole = receipt.size
+    end.stream.drain(600_000)
+    assert receipt.end_ns is None
+    end.stream.drain()
+    assert receipt.end_ns is not None
+    assert whole < receipt.size == len(end.stream.taken)
 
 
 def test_sent_bytes_are_those_that_the_kernel_took() -> None:

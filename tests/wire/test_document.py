@@ -11,9 +11,9 @@ from wire.codecs.layout import DTYPES
 from wire.codecs.registry import codec_names
 from wire.config import DEFAULT_LIMITS, PROTOCOL_VERSIONS, WireConfig
 from wire.errors import RemoteProtocolError
-from wire.frames import FRAME_FORMAT, HANDSHAKE_LIMITS
+from wire.frames import FRAME_FORMAT, HANDSHAKE_LIMITS, MAX_SPLIT
 from wire.messages import MESSAGE_TYPES, RULES
-from wire.outbox import _RANKS, _URGENT
+from wire.outbox import _FORWARD_FIRST, _RANKS, _URGENT
 from wire.protocol import TRANSITIONS, Phase, Role
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -84,9 +84,10 @@ def test_rules_of_priority_name_every_message() -> None:
         r"^\d\. (.*?)(?=^\d\. |\n\n)", section("Order and priority"), re.M | re.S
     )
     assert set(quoted(urgent)) == set(_URGENT)
-    assert [kind for kind in quoted(ranked) if kind in _RANKS] == sorted(
-        _RANKS, key=lambda kind: _RANKS[kind]
-    )
+    for sender, ranks in (("client", _RANKS), ("server", _FORWARD_FIRST)):
+        match = re.search(rf"the {sender}'s (`\w+`) before (`\w+`) before (`\w+`)", " ".join(ranked.split()))
+        assert match is not None
+        assert quoted(" ".join(match.groups())) == sorted(ranks, key=lambda kind: ranks[kind])
     assert set(quoted(ordering)) == set(MESSAGE_TYPES) - _URGENT - set(_RANKS)
 
 
@@ -94,6 +95,7 @@ def test_numbers_are_those_of_the_program() -> None:
     assert f"version {PROTOCOL_VERSIONS[0]}, frame format {FRAME_FORMAT}" in TEXT
     assert (HANDSHAKE_LIMITS.max_header, HANDSHAKE_LIMITS.max_payload) == (4096, 0)
     assert "4096 bytes of header, no payload" in TEXT
+    assert f"At most {MAX_SPLIT} frames" in TEXT
     assert (DEFAULT_LIMITS.max_header, DEFAULT_LIMITS.max_payload) == (1 << 20, 1 << 30)
     assert "1 MiB of header and 1 GiB of payload" in TEXT
     settings = WireConfig()

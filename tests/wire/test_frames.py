@@ -11,9 +11,24 @@ from hypothesis import strategies as st
 
 from tests.wire.pair import ROOMY, SAMPLES, CountingPool, read_frames, to_bytes
 from wire.errors import ForeignProtocol, FrameError, LimitExceeded, RemoteProtocolError
-from wire.frames import PRELUDE_SIZE, Frame, FrameReader, Limits, encode_frame_head, padding
+from wire.frames import (
+    MAX_SPLIT,
+    PRELUDE_SIZE,
+    Frame,
+    FrameReader,
+    Limits,
+    encode_frame_head,
+    encode_piece_head,
+    padding,
+    split_frame_head,
+)
 
 LIMITS = Limits(max_header=100, max_payload=1000)
+
+GOLDEN_PIECES = (
+    "495354480101 0002000000010000 000000000005d809 c2e3804953544801 0200020000000000 0000"
+    "0000000003e4 e692016162634953 5448010200020000 0000000000000000 000293e1a2976465"
+)
 
 
 def prelude(
@@ -23,7 +38,7 @@ def prelude(
     magic: bytes = b"ISTH",
     frame_format: int = 1,
     flags: int = 0,
-    reserved: int = 0,
+    number: int = 0,
     header_len: int | None = None,
 ) -> bytes:
     """A prelude written from the protocol's description alone."""
@@ -32,7 +47,7 @@ def prelude(
         magic,
         frame_format,
         flags,
-        reserved,
+        number,
         len(header) if header_len is None else header_len,
         payload_len,
     )
@@ -141,7 +156,9 @@ def test_payloads_that_nobody_keeps_share_one_buffer() -> None:
     [
         (prelude(b"", 0, frame_format=2), "format 2"),
         (prelude(b"", 0, flags=1), "flags 1"),
-        (prelude(b"", 0, reserved=1), "reserved 1"),
+        (prelude(b"", 0, flags=2), "flags 2"),
+        (prelude(b"", 9, flags=3, number=1), "flags 3"),
+        (prelude(b"", 0, number=1), "number 1"),
         (prelude(b"xy", 0) + b"xz", "checksum"),
         (prelude(b"xy", 0)[:-1] + b"\x00" + b"xy", "checksum"),
     ],
@@ -302,3 +319,98 @@ def test_single_changed_byte_of_prelude_or_header_is_always_noticed(kind: str, d
     assert 8 <= at < 20
     assert frames == []
     assert reader.mid_frame
+
+
+# Frames in pieces.
+
+
+def split(header: bytes, payload_len: int, number: int) -> bytes:
+    return split_frame_head(encode_frame_head(header, payload_len), number)
+
+
+def piece(number: int, data: bytes) -> bytes:
+    return encode_piece_head(number, len(data)) + data
+
+
+def test_heads_of_a_frame_in_pieces_are_as_described() -> None:
+    assert split(b"header", 77, 3) == prelude(b"header", 77, flags=1, number=3) + b"header"
+    assert encode_piece_head(3, 50) == prelude(b"", 50, flags=2, number=3)
+
+
+def test_frame_in_pieces_is_these_bytes() -> None:
+    sent = split(b"\x80", 5, 2) + piece(2, b"abc") + piece(2, b"de")
+    assert sent.hex(" ", 8) == GOLDEN_PIECES
+
+
+def test_frame_in_pieces_is_read_whole_once_the_last_has_come() -> None:
+    reader = FrameReader(LIMITS)
+    assert read_frames(reader, split(b"header", 7, 1) + piece(1, b"pay")) == []
+    assert reader.mid_frame
+    assert reader.progress == "3 of 7 payload bytes had arrived"
+    (frame,) = read_frames(reader, piece(1, b"load"))
+    assert contents([frame]) == [(b"header", b"payload", 3 * PRELUDE_SIZE + 6 + 7)]
+    assert not reader.mid_frame
+
+
+def test_other_frames_come_between_pieces() -> None:
+    stream = split(b"large", 8, 2) + piece(2, b"abcd") + whole(b"urgent", b"now") + piece(2, b"efgh")
+    assert [(f.header, bytes(f.payload)) for f in read_frames(FrameReader(LIMITS), stream)] == [
+        (b"urgent", b"now"),
+        (b"large", b"abcdefgh"),
+    ]
+
+
+def test_only_what_is_sure_to_come_counts_as_missing() -> None:
+    reader = FrameReader(LIMITS)
+    read_frames(reader, split(b"h", 100, 1))
+    assert reader.missing == 0
+    read_frames(reader, piece(1, bytes(30))[:-10])
+    assert reader.missing == 10
+    read_frames(reader, bytes(10))
+    assert reader.missing == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_frames_in_pieces_come_out_however_they_are_interleaved_and_cut(data: st.DataObject) -> None:
+    payloads = data.draw(st.lists(st.binary(min_size=1, max_size=3000), min_size=1, max_size=MAX_SPLIT))
+    left = dict(enumerate(payloads))
+    stream = b"".join(split(b"h%d" % number, len(payload), number) for number, payload in left.items())
+    while left:
+        number = data.draw(st.sampled_from(sorted(left)))
+        length = data.draw(st.integers(1, len(left[number])))
+        stream += piece(number, left[number][:length])
+        left[number] = left[number][length:]
+        if not left[number]:
+            del left[number]
+        if data.draw(st.booleans()):
+            stream += whole(b"between", b"x" * length)
+    cuts = data.draw(st.lists(st.integers(1, 700), max_size=50))
+    frames = read_frames(FrameReader(ROOMY), stream, cuts)
+    got = {frame.header: bytes(frame.payload) for frame in frames if frame.header != b"between"}
+    assert got == {b"h%d" % number: payload for number, payload in enumerate(payloads)}
+    assert sum(frame.size for frame in frames) == len(stream)
+
+
+@pytest.mark.parametrize(
+    ("stream", "error", "says"),
+    [
+        (piece(1, b"x"), FrameError, "none of a frame"),
+        (split(b"h", 4, 1) + piece(2, b"x"), FrameError, "none of a frame"),
+        (split(b"h", 4, 1) + piece(1, b"12345"), FrameError, "none of a frame"),
+        (split(b"h", 4, 1) + piece(1, b"1234") + piece(1, b"5"), FrameError, "none of a frame"),
+        (split(b"h", 4, 1) + prelude(b"x", 2, flags=2, number=1) + b"x12", FrameError, "none of a frame"),
+        (split(b"h", 4, 1) * 2, FrameError, "the number 1"),
+        (split(b"h", 1001, 1), LimitExceeded, "payload of 1001"),
+        (
+            b"".join(split(b"h", 4, number) for number in range(MAX_SPLIT + 1)),
+            LimitExceeded,
+            "number of frames in pieces",
+        ),
+    ],
+)
+def test_pieces_that_make_no_frame_are_refused(
+    stream: bytes, error: type[RemoteProtocolError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        read_frames(FrameReader(LIMITS), stream)

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.wire.pair import ROOMY, read_frames
 from wire.errors import ConnectionLost
+from wire.frames import FrameReader, encode_frame_head
 from wire.messages import MESSAGE_TYPES
 from wire.outbox import Outbox, SendReceipt
 
@@ -20,16 +22,16 @@ def receipt(data: bytes = b"") -> SendReceipt:
     return SendReceipt([data], len(data), asyncio.Future)
 
 
-def order(*kinds: str) -> list[str]:
+def order(*kinds: str, forward_first: bool = False) -> list[str]:
     """The order in which messages of these kinds leave, numbered as they came."""
-    outbox = Outbox()
+    outbox = Outbox(forward_first=forward_first)
     named = {}
     for number, kind in enumerate(kinds):
         one = receipt()
         named[id(one)] = one, f"{kind} {number}"
         outbox.push(kind, one)
     assert len(outbox) == len(kinds)
-    return [named[id(outbox.pop())][1] for _ in kinds]
+    return [named[id(outbox.take(1)[1])][1] for _ in kinds]
 
 
 def test_messages_of_a_kind_keep_their_order() -> None:
@@ -44,6 +46,46 @@ def test_backward_goes_before_forward_and_weights_go_last() -> None:
         "forward 3",
         "weights 0",
     ]
+
+
+def test_forward_goes_before_backward_where_activations_are_more_urgent() -> None:
+    kinds = ("weights", "backward", "forward", "backward")
+    assert order(*kinds, forward_first=True) == ["forward 2", "backward 1", "backward 3", "weights 0"]
+
+
+def large(*sizes: int) -> SendReceipt:
+    buffers = [encode_frame_head(b"header", sum(sizes)), *(memoryview(bytes(size)) for size in sizes)]
+    return SendReceipt(buffers, sum(map(len, buffers)), asyncio.Future)
+
+
+def test_large_frame_leaves_in_pieces_and_lets_others_between() -> None:
+    outbox = Outbox()
+    gradient, activation = large(50, 50), large(300)
+    outbox.push("forward", activation)
+    assert outbox.take(100)[1:] == (activation, False)
+    outbox.push("backward", gradient)
+    assert outbox.take(100)[1:] == (gradient, True)
+    assert outbox.take(100)[1:] == (activation, False)
+    assert outbox.take(100)[1:] == (activation, True)
+    assert not outbox
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=6), st.integers(1, 4000))
+def test_pieces_make_the_frame_again(sizes: list[int], piece_bytes: int) -> None:
+    payload = [bytes([n]) * size for n, size in enumerate(sizes)]
+    head = encode_frame_head(b"header", sum(sizes))
+    one = SendReceipt([head, *map(memoryview, payload)], len(head) + sum(sizes), asyncio.Future)
+    outbox = Outbox()
+    outbox.push("weights", one)
+    sent, done = b"", False
+    while not done:
+        buffers, taken, done = outbox.take(piece_bytes)
+        assert taken is one
+        sent += b"".join(map(bytes, buffers))
+    (frame,) = read_frames(FrameReader(ROOMY), sent)
+    assert bytes(frame.payload) == b"".join(payload)
+    assert frame.size == one.size == len(sent)
 
 
 @pytest.mark.parametrize("kind", URGENT)
@@ -84,7 +126,7 @@ def test_urgent_messages_are_counted_apart() -> None:
     for kind in ("forward", "ping", "begin", "abort"):
         outbox.push(kind, receipt())
     assert (len(outbox), outbox.urgent, outbox.ordinary) == (4, 2, 2)
-    outbox.pop()
+    outbox.take(1)
     assert (len(outbox), outbox.urgent, outbox.ordinary) == (3, 1, 2)
     assert len(list(outbox.drain())) == 3
     assert (len(outbox), outbox.urgent, outbox.ordinary) == (0, 0, 0)
@@ -92,7 +134,7 @@ def test_urgent_messages_are_counted_apart() -> None:
 
 def test_nothing_is_taken_out_of_an_empty_outbox() -> None:
     with pytest.raises(IndexError):
-        Outbox().pop()
+        Outbox().take(1)
     assert list(Outbox().drain()) == []
 
 

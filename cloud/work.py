@@ -1,0 +1,69 @@
+"""What the lanes do with one chunk on the server: decode, forward, backward, encode."""
+
+from functools import partial
+
+from torch import Tensor
+
+from cloud.device import LaneStreams, Placed
+from cloud.middle import Middle
+from cloud.passing import Passing
+from common.schedule import Action
+from common.seeding import derive_seed
+from wire.messages import Backward, Forward
+from wire.streams import Encodings
+
+
+class Work:
+    """The lanes' work of one session. Each method runs on the lane of its name (forward and backward: compute).
+
+    Args:
+        middle: what is trained.
+        streams: the lanes' CUDA streams.
+        seed: the run's.
+    """
+
+    def __init__(self, middle: Middle, streams: LaneStreams, seed: int) -> None:
+        self._middle = middle
+        self._streams = streams
+        self._seed = seed
+
+    def decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
+        """Decode and check a chunk's tensors, onto the device."""
+        infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
+        decoder, samples = passing.codecs.decoders[cut], passing.samples
+
+        def work() -> tuple[Tensor, ...]:
+            tensors = decoder.decode(message, [info.name for info in infos], device=self._middle.stage.device)
+            for info, tensor in zip(infos, tensors.values(), strict=True):
+                came = self._middle.check(info, tensor, samples.get(message.chunk))
+                if came is not None:
+                    samples[message.chunk] = came
+            return tuple(tensors.values())
+
+        return self._streams.decode(work)
+
+    def forward(self, passing: Passing, action: Action, placed: Placed) -> tuple[Placed, float | None]:
+        """Run a chunk forward; the second result is None."""
+        stage = self._middle.stage
+        run = stage.evaluate if passing.evaluate else partial(stage.forward, passing.step, action.chunk)
+        return self._streams.compute(run, placed), None
+
+    def backward(self, passing: Passing, action: Action, placed: Placed) -> tuple[Placed, float | None]:
+        """Run a chunk backward; with the last one goes the sum of squares of all gradients."""
+        results = self._streams.compute(partial(self._middle.backward, action.chunk), placed)
+        if action.chunk != passing.chunks - 1:
+            return results, None
+        with self._streams.computing():
+            return results, self._middle.finish_gradients()
+
+    def encode(
+        self, passing: Passing, action: Action, cut: int, names: list[str], placed: Placed
+    ) -> Encodings:
+        """Encode an action's results, into host memory."""
+        seed = derive_seed(self._seed, passing.step, action.chunk, f"cut{cut}.{action.what}")
+        encoder = passing.codecs.encoders[cut]
+
+        def work(tensors: tuple[Tensor, ...]) -> Encodings:
+            return encoder.encode(dict(zip(names, tensors, strict=True)), seed=seed)
+
+        return self._streams.encode(work, placed)

@@ -1,0 +1,126 @@
+"""Gives a stream what waits to be sent, the most urgent first.
+
+The stream is given one frame at a time, and a large one in pieces, so that a more urgent frame waits for at
+most the piece that is on its way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from wire.errors import WireError
+from wire.loop import Stream
+from wire.messages import Buffer
+from wire.outbox import Outbox, SendReceipt
+from wire.pace import Pace
+
+__all__ = ["Sender"]
+
+_SLICE = 256 * 1024  # what a stream that copies what it cannot send is given at once
+
+
+class Sender:
+    """The sending half of a channel.
+
+    Args:
+        forward_first: activations are more urgent than gradients here, not less.
+
+    Attributes:
+        paused: the stream buffers some of what it was given.
+        pace: how fast the kernel takes it.
+    """
+
+    def __init__(self, *, forward_first: bool) -> None:
+        self.paused = False
+        self.pace = Pace()
+        self._outbox = Outbox(forward_first=forward_first)
+        self._stream: Stream
+        self._slices: deque[memoryview] | None = None  # where the stream is to be given slices: those left
+        self._sending: SendReceipt | None = None  # what the stream has in part
+        self._size = 0
+        self._is_last = False
+        self._written = 0
+
+    def attach(self, stream: Stream, *, splits: bool) -> None:
+        """Begin to send to a stream; see `Channel.attach`."""
+        self._stream = stream
+        self._slices = deque() if splits else None
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait that are not urgent."""
+        return self._outbox.ordinary
+
+    @property
+    def urgent(self) -> int:
+        """How many urgent messages wait."""
+        return self._outbox.urgent
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, and the stream buffers nothing."""
+        return self._sending is None and not self._outbox
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that the kernel took."""
+        return self._written - self._stream.get_write_buffer_size()
+
+    def push(self, kind: str, receipt: SendReceipt) -> None:
+        """Let a frame wait, and send it if it can be."""
+        self._outbox.push(kind, receipt)
+        if not self.paused:
+            self.pump()
+
+    def pump(self) -> None:
+        """Give the stream frames until the kernel is full."""
+        while not (self.paused or self.idle or self._stream.is_closing()):
+            if self._sending is None:
+                self._begin()
+            while self._slices and not self.paused:
+                self._written += len(self._slices[0])
+                self._stream.write(self._slices.popleft())
+            if not self.paused:
+                self._end()
+
+    def write_last(self, buffers: list[Buffer]) -> None:
+        """Give the stream a frame after which nothing is sent, unless it has half of another."""
+        if not self._slices and not self._stream.is_closing():
+            self._written += sum(map(len, buffers))
+            self._stream.writelines(buffers)
+
+    def drop(self, error: WireError | None) -> None:
+        """Forget everything that waits, because of an error."""
+        for receipt in {*filter(None, [self._sending]), *self._outbox.drain()}:
+            receipt.finish(error)
+        self._sending = None
+        if self._slices:
+            self._slices.clear()
+
+    def drop_waiting(self, error: WireError) -> None:
+        """Forget what waits, and send what is on its way to its end."""
+        for receipt in self._outbox.drain():
+            receipt.finish(error)
+
+    def _begin(self) -> None:
+        buffers, receipt, self._is_last = self._outbox.take(self.pace.piece_bytes)
+        self._sending = receipt
+        self._size = sum(map(len, buffers))
+        if receipt.start_ns is None:
+            receipt.start_ns = time.monotonic_ns()
+        self.pace.begin()
+        if self._slices is None:
+            self._written += self._size
+            self._stream.writelines(buffers)
+            return
+        for buffer in buffers:
+            view = memoryview(buffer)
+            self._slices.extend(view[at : at + _SLICE] for at in range(0, len(view), _SLICE))
+
+    def _end(self) -> None:
+        assert self._sending is not None
+        self._sending.busy_ns += self.pace.end(self._size)
+        if self._is_last:
+            self._sending.finish()
+        self._sending = None
