@@ -23,14 +23,6 @@ PURE = [
     *("wire/prelude.py", "wire/frames.py", "wire/messages.py", "wire/outbox.py", "wire/protocol.py"),
     *("wire/errors.py", "common/schedule.py"),
 ]
-    "wire/frames.py",
-    "wire/prelude.py",
-    "wire/outbox.py",
-    "wire/messages.py",
-    "wire/protocol.py",
-    "wire/errors.py",
-    "common/schedule.py",
-]
 LINE_LIMIT = 300
 LONG_ON_PURPOSE = {"wire/transport.py"}  # all of asyncio is in this one file
 
