@@ -1,6 +1,5 @@
 """The command ``cloud-server``."""
 
-import ipaddress
 import logging
 import sys
 
@@ -22,6 +21,7 @@ from common.command import run_cli, run_command
     "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers models."
 )
 @click.option("--quiet", is_flag=True, help="Log warnings only.")
+@click.option("--owned", is_flag=True, hidden=True, help="End when standard input ends.")
 @click.option("--debug", is_flag=True, help="Say more, and show tracebacks.")
 def cli(
     host: str,
@@ -32,6 +32,7 @@ def cli(
     max_sessions: int,
     modules: tuple[str, ...],
     quiet: bool,
+    owned: bool,
     debug: bool,
 ) -> None:
     """Compute the middle of models for edge clients, on a GPU or the CPU.
@@ -54,11 +55,6 @@ def cli(
         from wire.transport import run
 
         import_modules(modules)
-        if not _is_loopback(host):
-            logging.getLogger(__name__).warning(
-                "anyone who can reach %s can use this server: nothing asks who they are, and nothing is encrypted",
-                host,
-            )
         config = ServerConfig(
             host=host,
             port=port,
@@ -66,16 +62,9 @@ def cli(
             threads=threads,
             max_sessions=max_sessions,
         )
-        run(serve_until_signal(config))
+        run(serve_until_signal(config, owned=owned))
 
     run_command(serve, debug=debug)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def main() -> None:

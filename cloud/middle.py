@@ -11,7 +11,7 @@ from cloud.loss_scale import LossScale
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
 from common.memory_format import SAMPLES, choose_memory_format
-from common.models import build_model, default_image_size
+from common.models import build_model, default_image_size, is_registered
 from common.partition import Split, image_input, split
 from common.propagate import TensorInfo
 from common.spec import JobSpec
@@ -159,6 +159,9 @@ class Middle:
 
 
 def _build(spec: JobSpec) -> Split:
+    if is_registered(spec.model.name):
+        # Its weights could only be a file, and files here are not the client's to name.
+        spec = replace(spec, model=replace(spec.model, weights=None))
     try:
         model = build_model(spec.model)
     except UserError:

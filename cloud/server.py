@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -56,10 +59,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
     try:
         server = await serve(config.host, config.port, on_connection, wire)
     except ConnectFailed as error:
-        raise UserError(
-            f"cannot listen on {config.host}:{config.port}: {error.reason}; choose another --host or --port "
-            "(0 takes a free port)"
-        ) from error
+        raise UserError(f"cannot listen on {config.host}:{config.port}: {error.reason}") from error
     try:
         yield server
     finally:
@@ -84,15 +84,41 @@ async def _serve_one(connection: Connection, device: Device, threads: int) -> No
         logger.info("%s: done", connection.peer)
 
 
-async def serve_until_signal(config: ServerConfig) -> None:
-    """Serve until SIGINT or SIGTERM; the first line on standard output says where."""
+async def serve_until_signal(config: ServerConfig, *, owned: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM; the first line on standard output says where.
+
+    Args:
+        config: settings.
+        owned: end with standard input, too: whoever started this has gone then.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     async with running_server(config) as server:
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):
                 loop.add_signal_handler(number, stop.set)
+        if owned:
+            threading.Thread(target=_when_input_ends, args=(loop, stop.set), daemon=True).start()
+        if not _is_loopback(server.host):
+            logger.warning(
+                "anyone who can reach %s can use this server: nothing asks who they are, and nothing is encrypted",
+                server.host,
+            )
         sys.stdout.write(f"listening on {server.host}:{server.port}\n")
         sys.stdout.flush()
         await stop.wait()
         logger.info("shutting down")
+
+
+def _when_input_ends(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    with contextlib.suppress(RuntimeError):  # the loop has ended first
+        loop.call_soon_threadsafe(then)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

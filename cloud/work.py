@@ -1,12 +1,16 @@
 """What the lanes do with one chunk on the server: decode, forward, backward, encode."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from cloud.device import LaneStreams, Placed
 from cloud.middle import Middle
 from cloud.passing import Passing
+from common.errors import IsthmusError
 from common.schedule import Action
 from common.seeding import derive_seed
 from wire.messages import Backward, Forward
@@ -46,11 +50,13 @@ class Work:
         """Run a chunk forward; the second result is None."""
         stage = self._middle.stage
         run = stage.evaluate if passing.evaluate else partial(stage.forward, passing.step, action.chunk)
-        return self._streams.compute(run, placed), None
+        with _enough_memory():
+            return self._streams.compute(run, placed), None
 
     def backward(self, passing: Passing, action: Action, placed: Placed) -> tuple[Placed, float | None]:
         """Run a chunk backward; with the last one goes the sum of squares of all gradients."""
-        results = self._streams.compute(partial(self._middle.backward, action.chunk), placed)
+        with _enough_memory():
+            results = self._streams.compute(partial(self._middle.backward, action.chunk), placed)
         if action.chunk != passing.chunks - 1:
             return results, None
         with self._streams.computing():
@@ -67,3 +73,14 @@ class Work:
             return encoder.encode(dict(zip(names, tensors, strict=True)), seed=seed)
 
         return self._streams.encode(work, placed)
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise IsthmusError(
+            "the server's GPU has too little memory for this; use more chunks or a lower --depth, smaller images or "
+            "a smaller batch"
+        ) from error

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import click
@@ -31,7 +32,7 @@ def run_command(work: Callable[[], None], *, debug: bool) -> None:
 
     Args:
         work: does everything; imports torch itself.
-        debug: show tracebacks.
+        debug: show its traceback as well.
     """
     from common.runtime import prepare_process
 
@@ -44,8 +45,10 @@ def run_command(work: Callable[[], None], *, debug: bool) -> None:
         sys.exit(1)
     except Exception as error:
         names = {kind.__name__ for kind in type(error).__mro__}
-        if debug or not (names & (_WRONG_COMMAND_LINE | _FAILED_RUN) or isinstance(error, OSError)):
+        if not (names & (_WRONG_COMMAND_LINE | _FAILED_RUN) or isinstance(error, OSError)):
             raise
+        if debug:
+            traceback.print_exc()
         _fail(str(error), status=2 if names & _WRONG_COMMAND_LINE else 1)
 
 

@@ -75,6 +75,11 @@ def register_model(name: str, builder: Callable[..., nn.Module]) -> None:
         _registered[name] = builder
 
 
+def is_registered(name: str) -> bool:
+    """Tell a model of the user's own from torchvision's."""
+    return name in _registered
+
+
 def list_models() -> list[str]:
     """Return the names of all models that can be built, sorted."""
     return sorted({*vision_models.list_models(module=vision_models), *_registered})
@@ -91,7 +96,7 @@ def default_image_size(name: str, weights: str | None = None) -> int:
         UserError: there is no such model or weights.
     """
     _check_name(name)
-    published = None if weights is None or _is_path(weights) else weights
+    published = None if weights is None or is_path(weights) else weights
     if name in _registered or (published is None and _input_size_option(name)):
         return DEFAULT_IMAGE_SIZE
     chosen = _named_weights(name, published or "DEFAULT")
@@ -114,7 +119,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     ):
         if not 1 <= number <= most:
             raise UserError(f"the {what} must be from 1 to {most}, not {number}")
-    if spec.weights is None or spec.name in _registered or _is_path(spec.weights):
+    if spec.weights is None or spec.name in _registered or is_path(spec.weights):
         model = _build_random(spec)
         if spec.weights is not None:
             load_matching(model, load_state(Path(spec.weights)), spec, spec.weights)
@@ -185,7 +190,8 @@ def _check_name(name: str) -> None:
         raise UserError(f"unknown model {name!r}; there are {', '.join(names)}")
 
 
-def _is_path(weights: str) -> bool:
+def is_path(weights: str) -> bool:
+    """Tell a state dict's file from torchvision's name of weights."""
     return weights.endswith((".safetensors", ".pt", ".pth")) or "/" in weights
 
 

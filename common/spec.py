@@ -6,7 +6,7 @@ from typing import Any
 
 from common.choices import AMP, MEMORY_FORMATS
 from common.errors import UserError
-from common.models import ModelSpec
+from common.models import ModelSpec, is_path
 from common.optim import OptimSpec
 
 CUTS = (1, 2)
@@ -95,9 +95,7 @@ class JobSpec:
         """
         checked = _checked("job", values, _JOB_TYPES)
         model = _checked("model", checked.pop("model"), _MODEL_TYPES)
-        if model["weights"] is not None and (
-            "/" in model["weights"] or model["weights"].endswith((".pt", ".safetensors"))
-        ):
+        if model["weights"] is not None and is_path(model["weights"]):
             raise UserError("a job names pretrained weights by torchvision's name, never by a path")
         cuts, bottlenecks = (
             _pair("cuts", checked.pop("cuts")),
@@ -149,7 +147,7 @@ def _checked(what: str, values: object, types: Mapping[str, type | tuple[type, .
         raise UserError(f"the {what} has missing or unknown fields: {odd}")
     for key, kind in types.items():
         value = values[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"the {what}'s {key} has type {type(value).__name__}")
     return dict(values)
 

@@ -6,6 +6,8 @@ from typing import Any
 from common.lanes import COMPUTE, Lanes
 from edge.link import Link
 
+_MOST = 1e18  # of whatever is counted: seconds, bytes, bits a second
+
 
 class BusyTimes:
     """Sums over the steps.
@@ -42,5 +44,6 @@ class BusyTimes:
 
 
 def number(value: object) -> float:
-    """Return a peer's number, or 0 for anything else."""
-    return float(value) if isinstance(value, int | float) else 0.0
+    """Return a peer's number, or 0 for anything that is no finite number from 0 on."""
+    fits = isinstance(value, int | float) and 0 <= value < _MOST
+    return float(value) if fits else 0.0  # type: ignore[arg-type]

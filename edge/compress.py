@@ -9,11 +9,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.bottleneck import KINDS, parse_bottleneck
 from common.errors import UserError
 from common.spec import CUTS, STREAMS
-from wire.codecs.chain import parse_chain
+from wire.codecs.spec import NONE, check_chain, spell_chain, split_chain
 
-BOTTLENECKS = ("conv", "conv2")
+BOTTLENECKS = tuple(KINDS)
+_WHOLE_CUTS = ("", "cut1", "cut2")
 _WHERE = re.compile(r"(?P<where>[A-Za-z0-9.]+)=(?P<spec>.*)", re.DOTALL)
 _PLACES = ("cut1", "cut2", "act", "grad", *STREAMS)
 
@@ -39,34 +41,31 @@ def parse_compress(texts: Sequence[str]) -> Compression:
             direction only.
         SpecError: a chain that does not parse, pointing at the character.
     """
-    settings: dict[str, str] = {}
+    settings: dict[str, tuple[str, str]] = {}
     for text in texts:
         place, spec = _place(text)
         if place in settings:
             raise UserError(f"--compress sets {place or 'everything'} twice; keep one")
-        settings[place] = spec
-    bottlenecks = []
-    for cut in CUTS:
-        spec = settings.get(f"cut{cut}", settings.get("", "none"))
-        bottlenecks.append(_split(spec)[0])
+        bottleneck, chain = _split(spec)
+        if bottleneck and place not in _WHOLE_CUTS:
+            raise UserError(
+                f"{place}={bottleneck}: a bottleneck is part of the model and works in both directions; "
+                f"set it for everything or for a cut, such as cut1={bottleneck}"
+            )
+        settings[place] = bottleneck, chain
+    settings.setdefault("", ("", NONE))
+    bottlenecks = [settings.get(f"cut{cut}", settings[""])[0] for cut in CUTS]
     codecs = {}
     for stream in STREAMS:
         cut_name, direction = stream.split(".")
-        narrowest = next(p for p in (stream, direction, cut_name, "") if p in settings or p == "")
-        bottleneck, chain = _split(settings.get(narrowest, "none"))
-        if bottleneck and narrowest in (stream, direction):
-            raise UserError(
-                f"{narrowest}={bottleneck}: a bottleneck is part of the model and works in both directions; "
-                f"set it for everything or for a cut, such as cut1={bottleneck}"
-            )
-        parse_chain(chain)
-        codecs[stream] = chain
+        narrowest = next(place for place in (stream, direction, cut_name, "") if place in settings)
+        codecs[stream] = settings[narrowest][1]
     return Compression(bottlenecks=(bottlenecks[0], bottlenecks[1]), codecs=codecs)
 
 
 def _place(text: str) -> tuple[str, str]:
     match = _WHERE.fullmatch(text)
-    if match is None or ":" in match["where"]:
+    if match is None:
         return "", text
     if match["where"] not in _PLACES:
         raise UserError(f"--compress {text}: {match['where']} is no place; use {', '.join(_PLACES)}")
@@ -74,14 +73,14 @@ def _place(text: str) -> tuple[str, str]:
 
 
 def _split(spec: str) -> tuple[str, str]:
-    """Split a specification into its bottleneck, if any, and its codec chain."""
-    stages = spec.split("+")
-    kinds = [stage.partition(":")[0].strip() for stage in stages]
-    if kinds[0] in BOTTLENECKS:
-        first, rest = stages[0].strip(), stages[1:]
-    else:
-        first, rest = "", stages
-    late = next((s for s in rest if s.partition(":")[0].strip() in BOTTLENECKS), None)
+    """Check a specification, and split it into its bottleneck, if any, and its codec chain."""
+    stages = split_chain(spec)
+    bottleneck, chain = "", stages
+    if stages and stages[0].name in BOTTLENECKS:
+        bottleneck, chain = str(stages[0]), stages[1:]
+        parse_bottleneck(bottleneck)
+    late = next((stage for stage in chain if stage.name in BOTTLENECKS), None)
     if late is not None:
         raise UserError(f"{spec}: {late} changes the model, so it comes first and once, as in {late}+int8")
-    return first, "+".join(rest) or "none"
+    check_chain(chain, spec)
+    return bottleneck, spell_chain(chain)

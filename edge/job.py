@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.func import functional_call
 
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
-from common.models import ModelSpec, build_model, default_image_size
+from common.models import ModelSpec, build_model, default_image_size, is_path
 from common.optim import OptimSpec
 from common.partition import Split, image_input, preset_cuts, split
 from common.spec import STREAMS, JobSpec
@@ -173,10 +172,7 @@ def _last_chunk(batch: int, chunks: int) -> int:
 
 def _torchvision_weights(weights: str | None) -> str | None:
     """Keep a name that the server can look up itself; a path is this machine's own."""
-    is_path = weights is not None and (
-        Path(weights).suffix in (".safetensors", ".pt", ".pth") or "/" in weights
-    )
-    return None if is_path else weights
+    return None if weights is not None and is_path(weights) else weights
 
 
 def describe(job: Job, ready: Ready) -> str:

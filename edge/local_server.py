@@ -30,7 +30,12 @@ def local_server(modules: Sequence[str] = (), *, cpu: bool = False) -> Iterator[
     with (
         # Ctrl-C is for this process, which ends the server when it is done with it: a session of its own.
         subprocess.Popen(
-            [*command, "--quiet"], stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
+            [*command, "--quiet", "--owned"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=environment,
         ) as server
     ):
         try:

@@ -38,6 +38,8 @@ class Dialer(Protocol):
 
     async def getaddrinfo(self, host: str, port: int, *, type: int) -> list[Any]: ...  # noqa: D102
     async def sock_connect(self, sock: socket, address: Any) -> None: ...  # noqa: D102
+    async def sock_sendall(self, sock: socket, data: bytes) -> None: ...  # noqa: D102
+    async def sock_recv(self, sock: socket, nbytes: int) -> bytes: ...  # noqa: D102
 
 
 class Waiter(Protocol):

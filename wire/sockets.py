@@ -128,6 +128,20 @@ async def dial(loop: Dialer, host: str, port: int) -> socket.socket:
     raise last
 
 
+async def speaks_http(loop: Dialer, host: str, port: int) -> bool:
+    """Ask a port that did not answer a hello whether it is HTTP's: many such servers wait for the end of a line."""
+    try:
+        sock = await dial(loop, host, port)
+    except OSError:
+        return False
+    with sock:
+        try:
+            await loop.sock_sendall(sock, b"HEAD / HTTP/1.0\r\n\r\n")
+            return (await loop.sock_recv(sock, 16)).startswith(b"HTTP")
+        except OSError:
+            return False
+
+
 def explain(error: OSError) -> str:
     """Say in one line why a connection could not be made, and what to do about it."""
     if isinstance(error, socket.gaierror):

@@ -15,13 +15,15 @@ from typing import Any, TypeVar, cast
 
 from wire.channel import Channel
 from wire.config import WireConfig
-from wire.errors import ConnectFailed, ConnectionLost, WireError
+from wire.errors import ConnectFailed, ConnectionLost, ForeignProtocol, WireError
 from wire.messages import Bye, Error, Hello, Message, Welcome
 from wire.outbox import SendReceipt
 from wire.protocol import Role
-from wire.sockets import LowWater, Unsent, dial, explain, explain_refusal, spell_address, tune
+from wire.sockets import LowWater, Unsent, dial, explain, explain_refusal, speaks_http, spell_address, tune
 
 __all__ = ["Connection", "SendReceipt", "Server", "connect", "run", "serve"]
+
+_HTTP_S = 2.0  # for an answer to an HTTP request, where none came to a hello
 
 T = TypeVar("T")
 OnConnection = Callable[["Connection"], Awaitable[None]]
@@ -125,7 +127,7 @@ class Connection(asyncio.BufferedProtocol):
 
         Messages that were not received yet are lost.
         """
-        self._channel.leave(Bye(reason), ConnectionLost("this end closed the connection"))
+        self._channel.leave(Bye(reason[:1024]), ConnectionLost("this end closed the connection"))
         await asyncio.shield(self._lost)
 
     async def fail(self, code: str, message: str) -> None:
@@ -287,8 +289,12 @@ async def connect(host: str, port: int, config: WireConfig | None = None) -> Con
         if connection is None:
             raise ConnectFailed(host, port, explain(error)) from None
         connection.abort()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(_HTTP_S, config.handshake_s)):
+                if await speaks_http(loop, host, port):
+                    raise ConnectFailed(host, port, explain_refusal(ForeignProtocol(b"HTTP"))) from None
         reason = f"something listens there but did not answer within {config.handshake_s:g} s"
-        raise ConnectFailed(host, port, reason) from None
+        raise ConnectFailed(host, port, f"{reason}; check that it is a cloud-server") from None
     except BaseException:
         if connection is not None:
             connection.abort()

@@ -68,11 +68,17 @@ def test_a_defect_shows_its_traceback(error):
     assert caught.value is error
 
 
-@pytest.mark.parametrize("error", [UserError("x"), WireError("x"), SpecError("x", "x"), OSError("x")])
-def test_debugging_shows_every_traceback(error):
-    with pytest.raises(type(error)) as caught:
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UserError("x"), 2), (WireError("x"), 1), (SpecError("x", "x"), 2), (OSError("x"), 1)],
+)
+def test_debugging_shows_every_traceback_before_the_same_line_and_status(error, status, capsys):
+    with pytest.raises(SystemExit) as ended:
         run_command(raising(error), debug=True)
-    assert caught.value is error
+    assert ended.value.code == status
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.endswith("\nerror: x\n")
 
 
 def test_work_that_succeeds_says_nothing_and_returns(capsys):
@@ -189,7 +195,7 @@ def run_script(*arguments, **options):
     ("arguments", "status", "last", "traceback"),
     [
         (["user"], 2, "error: give another", False),
-        (["user", "--debug"], 1, "common.errors.UserError: give another", True),
+        (["user", "--debug"], 2, "error: give another", True),
         (["defect"], 1, "ValueError: a defect", True),
     ],
 )

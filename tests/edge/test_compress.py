@@ -66,7 +66,8 @@ def test_a_place_sets_its_own_streams_and_no_other(place, streams):
 def test_the_narrower_place_wins_whatever_the_order(settings, order):
     texts = {}
     for place, (bottleneck, chain) in settings.items():
-        texts[place] = chain if place in NARROW or not bottleneck else f"{bottleneck}+{chain}"
+        stages = [bottleneck] * (place in WIDE) + [chain] * (chain != "none")
+        texts[place] = "+".join(filter(None, stages)) or "none"
     arguments = [given_as(place, text) for place, text in texts.items()]
     order.shuffle(arguments)
     compression = parse_compress(arguments)
@@ -182,3 +183,24 @@ def test_any_text_is_a_compression_or_refused(texts):
             parse_chain(chain)
         for bottleneck in compression.bottlenecks:
             assert bottleneck.partition(":")[0].strip() in ("", *BOTTLENECKS)
+
+
+@pytest.mark.parametrize("text", ["", "cut1=", "conv+", "+int8", "int8+", "conv+none"])
+def test_a_spec_with_nothing_where_a_stage_belongs_is_refused(text):
+    with pytest.raises(SpecError):
+        parse_compress([text])
+
+
+def test_a_spec_that_narrower_ones_override_is_checked_all_the_same():
+    with pytest.raises(SpecError, match="nonsense"):
+        parse_compress(["nonsense", "act=int8", "grad=int8"])
+
+
+def test_a_bottleneck_for_a_direction_is_refused_even_where_it_would_not_count():
+    with pytest.raises(UserError, match="both directions"):
+        parse_compress(["act=conv", "cut1.act=int8", "cut2.act=int8"])
+
+
+def test_widths_of_a_bottleneck_are_checked_before_anything_is_loaded():
+    with pytest.raises(UserError, match="character 6"):
+        parse_compress(["conv:zz"])

@@ -223,6 +223,12 @@ async def speak_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
     writer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
 
 
+async def await_a_line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\n")
+
+
 async def speak_ssh(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(b"SSH-2.0-OpenSSH_9.9\r\n")
 
@@ -246,6 +252,13 @@ async def test_port_that_is_another_programs_is_said_to_be_one() -> None:
         async with raw_server(answer) as port:
             with pytest.raises(ConnectFailed, match=says):
                 await connect("127.0.0.1", port, WireConfig(close_s=0.1))
+
+
+@on_both_loops
+async def test_http_server_that_waits_for_a_line_is_said_to_be_one() -> None:
+    async with raw_server(await_a_line) as port:
+        with pytest.raises(ConnectFailed, match="that port speaks HTTP"):
+            await connect("127.0.0.1", port, WireConfig(handshake_s=0.5))
 
 
 @on_both_loops
