@@ -8,7 +8,8 @@ and not, and the product with each ``--compress``. Medians of the steps after a 
 minutes (10 Mbit/s, uncompressed) one is measured, and the table says so: its transfer is its own average.
 
 The floor is `common.floor`: bytes as the socket carried them over the link's set rate, and the compute of the
-same partitions in plain torch in one process with all cores to itself, bottleneck included and codecs not.
+same partitions in plain torch in one process with all cores to itself, bottleneck included and codecs not; measured
+right before and right after the product, and the mean of both taken.
 Both sides share the cores here, so the compute floor is both sides' sum. The set rate counts Ethernet, IP and
 TCP headers, which plain sockets cannot get around: the ratio at the rate that calibration measured is printed
 too.
@@ -153,13 +154,24 @@ def measure_gloo(link: Link, schedule: str, setting: Setting, spent: Effort) -> 
         end(cloud)
 
 
-def measure_product(
-    link: Link, measured: Calibration, compress: str, cost: dict[str, Any], setting: Setting, spent: Effort
-) -> Row:
-    """Median step of the product on this link, beside its floor."""
+def mean_cost(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The mean of two measurements of the same compute."""
+    actions = {kind: (seconds + other["action_s"][kind]) / 2 for kind, seconds in one["action_s"].items()}
+    median_step_s = (one["median_step_s"] + other["median_step_s"]) / 2
+    return one | {"action_s": actions, "median_step_s": median_step_s}
+
+
+def run_steps(link: Link, compress: str, setting: Setting, spent: Effort) -> ProductRun:
+    """Run the product on this link."""
     options = [*WORKLOAD, "--image-size", str(setting.image_size), "--compress", compress]
     options += ["--steps", str(spent.warm_up + spent.steps)]
-    run = run_product(link, options, timeout_s=3600)
+    return run_product(link, options, timeout_s=3600)
+
+
+def hold_against_floor(
+    run: ProductRun, link: Link, measured: Calibration, compress: str, cost: dict[str, Any], spent: Effort
+) -> Row:
+    """Median step of a run beside its floor."""
     delay_s, rate_bit_s = link.shape.delay_s, link.shape.rate_bit_s
     ideal = step_floor(run, cost, LinkCost(up_bit_s=rate_bit_s, down_bit_s=rate_bit_s, delay_s=delay_s))
     real = LinkCost(up_bit_s=measured.up_bit_s, down_bit_s=measured.down_bit_s, delay_s=delay_s)
@@ -204,9 +216,12 @@ def measure_link(rate_bit_s: float, delay_s: float, setting: Setting) -> dict[st
         rows = []
         for compress in setting.specs:
             spent = effort(rate_bit_s, dense=compress == "none", quick=setting.quick)
-            # Each time anew: a shared machine's speed is not the same an hour later.
-            cost = compute_cost("conv" if "conv" in compress else "none", setting)
-            row = measure_product(link, measured, compress, cost, setting, spent)
+            # Before and after: a shared machine's speed is not the same some minutes later.
+            bottleneck = "conv" if "conv" in compress else "none"
+            before = compute_cost(bottleneck, setting)
+            run = run_steps(link, compress, setting, spent)
+            cost = mean_cost(before, compute_cost(bottleneck, setting))
+            row = hold_against_floor(run, link, measured, compress, cost, spent)
             rows.append(row)
             print(
                 f"  {compress:<16}{row.step_s:9.3f} s  (of {row.steps})  floor {row.floor_s:8.3f} s, bound by"

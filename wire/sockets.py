@@ -26,7 +26,7 @@ _UNSENT_BYTES = 1 << 20  # what may wait unsent in the kernel, where priorities 
 _UNSENT_S = 0.02
 _LEAST_UNSENT, _MOST_UNSENT = 128 * 1024, 1 << 20
 _GATHERED_NS = 2_000_000
-_LEAST_GATHERED = 16 * 1024
+_LEAST_GATHERED = 64 * 1024
 _MOST_GATHERED = 256 * 1024
 
 
