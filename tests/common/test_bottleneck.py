@@ -227,6 +227,7 @@ def test_defaults_scale_with_the_map():
         ("conv:20x3/", "the end at character 11"),
         ("conv2:20x3", "conv2 takes no widths"),
         ("conv:12345678x1", "at character"),
+        ("conv:" + "/".join(["8x1"] * 9), "at most 8 pairs"),
     ],
 )
 def test_a_specification_that_does_not_parse_points_at_the_character(text, message):
@@ -235,7 +236,11 @@ def test_a_specification_that_does_not_parse_points_at_the_character(text, messa
     assert "\n" not in str(caught.value)
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(1, 999999), st.integers(1, 9999)), min_size=1), max_size=2))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 999999), st.integers(1, 9999)), min_size=1, max_size=8), max_size=2
+    )
+)
 def test_pairs_parse_as_they_are_written(cuts):
     text = ",".join("/".join(f"{channels}x{kernel}" for channels, kernel in cut) for cut in cuts)
     assert parse_pairs("conv", text) == tuple(tuple(Pair(*pair) for pair in cut) for cut in cuts)

@@ -109,8 +109,10 @@ def test_a_longer_update_or_delay_lifts_the_floor_by_what_it_adds(model, longer_
         down_bit_s=model.link.down_bit_s,
         delay_s=model.link.delay_s + longer_s,
     )
-    # No path crosses the link more than four times, and some set may cross it not at all.
-    assert base - 1e-9 <= floor(model.with_link(farther)).total_s <= base + 4 * longer_s + 1e-9
+    # A chunk's way crosses the link four times. The work before and after a set may be that of different chunks, so
+    # that of several chunks together up to twice as many crossings count, and of a set on the cores perhaps none.
+    most = 4 if len(model.chunks) == 1 else 8
+    assert base - 1e-9 <= floor(model.with_link(farther)).total_s <= base + most * longer_s + 1e-9
 
 
 @settings(deadline=None, max_examples=60)
