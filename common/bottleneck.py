@@ -6,17 +6,25 @@ They are part of the model: trained with it, saved with it under ``bottleneck.``
 sides from the seed. A kind of bottleneck is one entry of `KINDS`.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from common.conv_bottleneck import build_coders, choose_pairs, narrow_shape, parse_pairs
+from common.conv_bottleneck import (
+    build_coders,
+    choose_pairs,
+    narrow_shape,
+    parse_pairs,
+    start_from_maps,
+)
 from common.errors import UserError
 from common.partition import Partition, Split
 from common.propagate import TensorInfo
 from common.seeding import derive_seed
+from common.stage import seeded
 from common.weights import BOTTLENECK_PREFIX
 
 
@@ -71,16 +79,18 @@ class Kind:
         check: raises UserError for arguments that do not parse.
         dims: the dimensions, with the batch's, of the tensors that get one.
         build: from the specification, the cut's number, the tensor, and a generator of first weights.
+        start: starts encoder and decoder anew from a tensor as it crosses without them.
     """
 
     check: Callable[[BottleneckSpec], None]
     dims: int
     build: Callable[[BottleneckSpec, int, TensorInfo, torch.Generator], Coders]
+    start: Callable[[nn.Module, nn.Module, Tensor], None]
 
 
 KINDS = {
-    "conv": Kind(check=_check_conv, dims=4, build=_build_conv),
-    "conv2": Kind(check=_check_conv, dims=4, build=_build_conv),
+    "conv": Kind(check=_check_conv, dims=4, build=_build_conv, start=start_from_maps),
+    "conv2": Kind(check=_check_conv, dims=4, build=_build_conv, start=start_from_maps),
 }
 
 
@@ -152,6 +162,35 @@ def with_bottleneck(split: Split, specs: Sequence[str], *, seed: int) -> Split:
         for coders, infos in zip(cuts, (split.cut1, split.cut2), strict=True)
     ]
     return replace(split, cut1=crossing[0], cut2=crossing[1])
+
+
+@torch.no_grad()
+def start_from_samples(split: Split, specs: Sequence[str], inputs: Sequence[Tensor], *, seed: int) -> None:
+    """Start the bottlenecks of a split model from what crosses the cuts for some samples.
+
+    Args:
+        split: as `with_bottleneck` returned it; nothing but its encoders and decoders changes.
+        specs: as given to `with_bottleneck`.
+        inputs: some of the training samples, as the front takes them.
+        seed: of dropout on the way.
+    """
+    tensors: tuple[Tensor, ...] = tuple(inputs)
+    with seeded(seed, torch.device("cpu")):
+        for text, before, after, infos in zip(
+            specs,
+            (split.front, split.middle),
+            (split.middle, split.back),
+            (split.cut1, split.cut2),
+            strict=True,
+        ):
+            # A copy, for running statistics move.
+            outputs = copy.deepcopy(before).train().run_bare(*tensors)
+            crossed = list(outputs[: len(infos)])
+            for position, path in before.encoders.items():
+                encoder, decoder = before.get_submodule(path), after.get_submodule(after.decoders[position])
+                KINDS[parse_bottleneck(text).kind].start(encoder, decoder, outputs[position])
+                crossed[position] = decoder(encoder(outputs[position]))
+            tensors = tuple(crossed)
 
 
 def _narrow(

@@ -67,10 +67,14 @@ class Partition(nn.Module):
         """Run the partition on the tensors named by `input_names`; returns those named by `output_names`."""
         if self.decoders:
             inputs = tuple(self._coded(self.decoders, index, tensor) for index, tensor in enumerate(inputs))
-        outputs = self._code[self.training](self, *inputs)
+        outputs = self.run_bare(*inputs)
         if self.encoders:
             outputs = tuple(self._coded(self.encoders, index, tensor) for index, tensor in enumerate(outputs))
         return outputs
+
+    def run_bare(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the partition without its encoders and decoders."""
+        return self._code[self.training](self, *inputs)
 
     def _coded(self, coders: Mapping[int, str], index: int, tensor: Tensor) -> Tensor:
         if index not in coders:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from common.bottleneck import with_bottleneck
+from common.bottleneck import start_from_samples, with_bottleneck
 from common.errors import UserError
 from common.models import ModelSpec, build_model, default_image_size, is_path
 from common.optim import OptimSpec
@@ -16,9 +16,14 @@ from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
 from edge.compress import parse_compress
 from edge.config import TrainConfig
+from edge.data.augment import to_tensor
 from edge.data.datasets import Dataset, open_dataset
+from edge.data.draws import epoch_order
 from edge.data.loader import batch_count
 from wire.messages import Ready
+
+START_SAMPLES = 32
+"""Images that bottlenecks are started from."""
 
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 
@@ -93,6 +98,9 @@ def prepare(config: TrainConfig) -> Job:
     parts = with_bottleneck(
         split(model, cuts, image_input(image_size)), compression.bottlenecks, seed=config.seed
     )
+    if any(compression.bottlenecks):
+        images = _first_images(config, dataset, image_size)
+        start_from_samples(parts, compression.bottlenecks, (images,), seed=config.seed)
     used = {name for part in parts.partitions.values() for name in part.state_dict()}
     initial_state = {
         name: tensor.to("meta") if name in used else tensor.clone()
@@ -168,6 +176,12 @@ def _last_chunk(batch: int, chunks: int) -> int:
     """Return how many samples the last chunk has, as `torch.chunk` cuts."""
     size = -(-batch // chunks)
     return batch % size or size
+
+
+def _first_images(config: TrainConfig, dataset: Dataset, image_size: int) -> Tensor:
+    """Return a few training images as they are, without variation."""
+    order = epoch_order(len(dataset.train), config.seed, 0)
+    return to_tensor(dataset.train.fetch(order[:START_SAMPLES], image_size), image_size, dataset.normalise)
 
 
 def _torchvision_weights(weights: str | None) -> str | None:

@@ -7,9 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.bottleneck import build_pair, parse_bottleneck, with_bottleneck
-from common.conv_bottleneck import Pair, build_coders, narrow_shape, parse_pairs, smooth_basis
+from common.bottleneck import build_pair, parse_bottleneck, start_from_samples, with_bottleneck
+from common.conv_bottleneck import (
+    Pair,
+    build_coders,
+    narrow_shape,
+    parse_pairs,
+    principal_basis,
+    smooth_basis,
+)
 from common.errors import UserError
+from common.models import ModelSpec, build_model
 from common.partition import image_input, preset_cuts, split
 from common.propagate import TensorInfo
 from common.vision import models
@@ -269,3 +277,89 @@ def test_a_bottleneck_wider_than_the_map_is_refused(text):
     shape = (32, 112, 112)
     with pytest.raises(UserError, match="is too wide for the map at cut 1, 32 channels of 112x112"):
         build_pair(1, TensorInfo(name="map", shape=shape), parse_bottleneck(text), seed=0)
+
+
+# Starting from samples.
+
+
+def mobilenet(bottlenecks, size=96):
+    model = build_model(ModelSpec(name="mobilenet_v2", num_classes=10))
+    cuts = preset_cuts("mobilenet_v2")
+    return with_bottleneck(split(model, cuts, image_input(size)), bottlenecks, seed=0)
+
+
+def smooth_images(count, size=96):
+    coarse = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+
+
+def energy_lost(parts, images):
+    """The share of what crosses cut 1 that does not come back from encoder and decoder."""
+    front = parts.front.train()
+    with torch.no_grad():
+        bare = front.run_bare(images)[0]
+        decoder = parts.middle.get_submodule(parts.middle.decoders[0])
+        back = decoder(front.get_submodule(front.encoders[0])(bare))
+    return float((back - bare).square().mean() / bare.square().mean())
+
+
+@pytest.mark.parametrize("spec", ["conv", "conv2", "conv:32x4/16x1,360x1"])
+def test_pairs_started_from_samples_keep_what_a_random_choice_loses(spec):
+    parts, images = mobilenet((spec, spec)), smooth_images(16)
+    random_loss = energy_lost(parts, images)
+    start_from_samples(parts, (spec, spec), (images,), seed=0)
+    assert energy_lost(parts, images) < 0.1 * random_loss
+    assert energy_lost(parts, smooth_images(24)[16:]) < 0.2 * random_loss  # others than those it started from
+
+
+def test_starting_from_samples_changes_nothing_but_encoders_and_decoders():
+    before, after = mobilenet(("conv", "conv")), mobilenet(("conv", "conv"))
+    random_state = torch.get_rng_state()
+    start_from_samples(after, ("conv", "conv"), (smooth_images(4),), seed=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for part, partition in after.partitions.items():
+        for name, tensor in partition.state_dict().items():
+            same = torch.equal(tensor, before.partitions[part].state_dict()[name])
+            assert same is not name.startswith("bottleneck."), name
+
+
+def test_starting_from_the_same_samples_gives_the_same_start():
+    one, other = mobilenet(("conv", "conv2")), mobilenet(("conv", "conv2"))
+    for parts in (one, other):
+        start_from_samples(parts, ("conv", "conv2"), (smooth_images(4),), seed=3)
+    for part, partition in one.partitions.items():
+        torch.testing.assert_close(
+            partition.state_dict(), other.partitions[part].state_dict(), rtol=0, atol=0
+        )
+
+
+def test_only_the_cut_that_has_a_bottleneck_is_started():
+    parts = mobilenet(("", "conv"))
+    before = {name: tensor.clone() for name, tensor in parts.front.state_dict().items()}
+    start_from_samples(parts, ("", "conv"), (smooth_images(4),), seed=0)
+    torch.testing.assert_close(parts.front.state_dict(), before, rtol=0, atol=0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    patches=st.integers(1, 40), channels=st.integers(1, 6), kernel=st.integers(1, 3), share=st.floats(0.05, 1)
+)
+def test_principal_patterns_are_orthonormal_however_few_the_patches(patches, channels, kernel, share):
+    size = channels * kernel**2
+    count = max(1, round(share * size))
+    basis = principal_basis(torch.randn(patches, channels, kernel, kernel), count, kernel)
+    assert basis.shape == (count, channels, kernel, kernel)
+    flat = basis.reshape(count, size)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(count), atol=1e-4, rtol=0)
+
+
+def test_principal_patterns_are_those_of_the_singular_value_decomposition():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.einsum(
+        "nr,rc->nc",
+        torch.randn(400, 5, generator=generator) * torch.tensor([9.0, 7, 5, 3, 1]),
+        torch.linalg.qr(torch.randn(36, 5, generator=generator)).Q.T,
+    )
+    basis = principal_basis(maps.reshape(400, 4, 3, 3), 3, 3).reshape(3, 36)
+    exact = torch.linalg.svd(maps).Vh[:3]
+    torch.testing.assert_close(basis.T @ basis, exact.T @ exact, atol=1e-3, rtol=0)

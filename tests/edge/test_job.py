@@ -75,17 +75,29 @@ def test_mobilenet_v2_s_crossings_are_a_tenth_of_the_dense_ones(mobilenet):
     ]
 
 
-@pytest.mark.parametrize("compress", ["none", "conv+int8", "cut2=conv2"])
-def test_the_server_builds_the_same_middle_from_the_job_alone(compress):
-    job = prepare(config(compress=compress))
+def built_by_the_server(job):
     spec = JobSpec.from_map(job.spec.to_map())
     assert spec == job.spec
-    built = with_bottleneck(
+    return with_bottleneck(
         split(build_model(spec.model), spec.cuts, image_input(spec.model.image_size)),
         spec.bottlenecks,
         seed=spec.seed,
     )
-    assert state_digest(partition_state(built.middle)) == spec.digest == state_digest(job.middle_state())
+
+
+def test_the_server_builds_the_same_middle_from_the_job_alone():
+    job = prepare(config(compress="int8"))
+    middle = built_by_the_server(job).middle
+    assert state_digest(partition_state(middle)) == job.spec.digest == state_digest(job.middle_state())
+
+
+@pytest.mark.parametrize("compress", ["conv+int8", "cut2=conv2"])
+def test_the_server_builds_a_middle_that_takes_the_weights_of_a_bottleneck_started_from_data(compress):
+    job = prepare(config(compress=compress))
+    middle = built_by_the_server(job).middle
+    assert state_digest(partition_state(middle)) != job.spec.digest  # so it asks for them
+    middle.load_state_dict(job.middle_state(), strict=True)
+    assert state_digest(partition_state(middle)) == job.spec.digest
 
 
 def test_another_seed_is_another_middle():
