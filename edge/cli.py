@@ -140,9 +140,12 @@ def demo(**options: Any) -> None:
 _DEMO: dict[str, Any] = {
     "image_size": 96,
     "compress": ("conv",),
-    "epochs": 3,
-    "lr": 0.05,
-    "schedule": "cosine",
+    "chunks": 4,
+    "epochs": 5,
+    "optimizer": "adamw",
+    "lr": 0.003,
+    "schedule": "linear",
+    "augment": False,
 }
 
 
