@@ -149,7 +149,7 @@ def test_a_bottleneck_after_another_stage_is_refused(text):
         ("int8+zip", "zip"),
         ("int8+int8", "int8"),
         ("cut1=lz4 + nonsense", "nonsense"),
-        ("grad=int8:7", "int8:7"),
+        ("grad=int8:7", "7"),
         ("conv+int8+int9", "int9"),
         ("int8+none", "none"),
     ],

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from common.spec import JobSpec
 from tests.wire.pair import ROOMY, as_sent, joined, read_frames
+from wire.codecs.registry import codec_names
+from wire.codecs.spec import parse_chain
 from wire.frames import FrameReader
 from wire.messages import MESSAGE_TYPES, Message, Open
 from wire.serialize import decode, encode
@@ -67,7 +69,8 @@ def test_there_is_a_frame_of_every_kind() -> None:
 
 def test_there_is_a_frame_of_every_codec() -> None:
     chains = {chain_of(golden) for golden in WITH_TENSORS.values()}
-    assert chains == {"none", "fp16", "bf16", "int8", "lz4", "int8+lz4"}
+    assert {stage.name for chain in chains for stage in parse_chain(chain)} == set(codec_names())
+    assert {"none", "int8+lz4", "int4:group=16", "int4:hadamard"} < chains
 
 
 @pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)

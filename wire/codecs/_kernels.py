@@ -32,14 +32,15 @@ _SHORT_STRETCH = 1024
 _LONG_STRETCH = 1 << 17
 
 
-def _compiled(function: _F) -> _F:
+def compiled(function: _F) -> _F:
+    """Decorates a kernel."""
     try:
         return cast("_F", numba.njit(nogil=True, cache=True)(function))
     except RuntimeError:  # There is nowhere to keep the cache.
         return cast("_F", numba.njit(nogil=True)(function))
 
 
-@_compiled
+@compiled
 def _stretch(rows: int, width: int, count: int, by_row: bool) -> int:
     """How many numbers have ranges that then repeat; 0 if ranges are better applied row by row."""
     if not by_row:
@@ -49,7 +50,7 @@ def _stretch(rows: int, width: int, count: int, by_row: bool) -> int:
     return 0
 
 
-@_compiled
+@compiled
 def _written_out(values: Floats, width: int, by_row: bool, stretch: int) -> Floats:
     """The groups' values for each number of a stretch."""
     out = np.empty(stretch, np.float32)
@@ -62,7 +63,7 @@ def _written_out(values: Floats, width: int, by_row: bool, stretch: int) -> Floa
     return out
 
 
-@_compiled
+@compiled
 def _merge_extremes(bits: Ints, low: Ints, high: Ints) -> None:
     """Lowers `low` and raises `high`, element by element."""
     for i in range(bits.size):
@@ -72,7 +73,7 @@ def _merge_extremes(bits: Ints, low: Ints, high: Ints) -> None:
         low[i], high[i] = min(low[i], ordered), max(high[i], ordered)
 
 
-@_compiled
+@compiled
 def _row_extremes(bits: Ints) -> tuple[np.int32, np.int32]:
     low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for i in range(bits.size):
@@ -81,7 +82,7 @@ def _row_extremes(bits: Ints) -> tuple[np.int32, np.int32]:
     return low, high
 
 
-@_compiled
+@compiled
 def _extremes(bits: Ints, width: int, count: int, by_row: bool) -> Floats:
     """The least and the greatest value of each group; a group with NaN in it has it as one of the two."""
     found = np.empty((2, count), np.int32)
@@ -112,7 +113,7 @@ def _extremes(bits: Ints, width: int, count: int, by_row: bool) -> Floats:
     return found.view(np.float32)
 
 
-@_compiled
+@compiled
 def ranges(
     bits: Ints, width: int, count: int, by_row: bool, share: np.float32, tiny: np.float32
 ) -> tuple[Floats, np.float32]:
@@ -142,31 +143,31 @@ def ranges(
     return params, peak
 
 
-@_compiled
+@compiled
 def _round_down(x: Floats, low: Floats, steps: Floats, noise: Floats, q: Bytes) -> None:
     for i in range(x.size):
         q[i] = np.uint8(np.int32((x[i] - low[i]) * steps[i] + noise[i]))
 
 
-@_compiled
+@compiled
 def _round(x: Floats, low: Floats, steps: Floats, q: Bytes) -> None:
     for i in range(x.size):
         q[i] = np.uint8(np.int32((x[i] - low[i]) * steps[i] + np.float32(0.5)))
 
 
-@_compiled
+@compiled
 def _round_down_row(x: Floats, low: np.float32, step: np.float32, noise: Floats, q: Bytes) -> None:
     for i in range(x.size):
         q[i] = np.uint8(np.int32((x[i] - low) * step + noise[i]))
 
 
-@_compiled
+@compiled
 def _round_row(x: Floats, low: np.float32, step: np.float32, q: Bytes) -> None:
     for i in range(x.size):
         q[i] = np.uint8(np.int32((x[i] - low) * step + np.float32(0.5)))
 
 
-@_compiled
+@compiled
 def quantize(
     x: Floats,
     width: int,
@@ -221,19 +222,19 @@ def quantize(
             at = end
 
 
-@_compiled
+@compiled
 def _restore(q: Bytes, low: Floats, scale: Floats, x: Floats) -> None:
     for i in range(q.size):
         x[i] = np.float32(q[i]) * scale[i] + low[i]
 
 
-@_compiled
+@compiled
 def _restore_row(q: Bytes, low: np.float32, scale: np.float32, x: Floats) -> None:
     for i in range(q.size):
         x[i] = np.float32(q[i]) * scale + low
 
 
-@_compiled
+@compiled
 def dequantize(q: Bytes, width: int, params: Floats, by_row: bool, x: Floats) -> None:
     """Writes ``q * scale + low`` to `x`.
 

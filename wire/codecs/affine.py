@@ -7,20 +7,17 @@ with the same results to the last bit.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from wire.codecs import compiled
 from wire.codecs.dither import PERIOD, dither, dither_starts, table
 from wire.codecs.layout import TensorType, flat
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from torch import Tensor
 
 _SLACK = 1 + 1e-6
@@ -29,7 +26,7 @@ _SLACK = 1 + 1e-6
 _TINY = 1e-37
 """Groups whose levels would be closer than this are taken for constant; 1/x must not overflow."""
 
-_HUGE = 1e38
+HUGE = 1e38
 """Tensors with larger values are left alone; differences of two must not overflow."""
 
 
@@ -38,23 +35,39 @@ class Groups:
     """How a tensor's memory falls into groups that share a range.
 
     4-D tensors are grouped by channel, over all samples; 2-D and 3-D ones by row, that is by sample or by
-    token; all others are one group.
+    token; all others are one group. Where a group's size is asked for, each of these lines of memory (for a
+    channels-last map, a pixel's channels) is cut into groups of so many neighbours, the last one shorter; in the
+    matrix its last value then fills it up.
 
     Attributes:
         rows: of the matrix ``[rows, width]`` that the memory is seen as.
         width: of the matrix.
         count: how many groups there are.
         by_row: row r belongs to group ``r % count``; otherwise column c is group c, and `count` is `width`.
+        length: of a line of memory.
+        missing: how many columns of the matrix the last group of each line has too few.
     """
 
     rows: int
     width: int
     count: int
     by_row: bool
+    length: int = 0
+    missing: int = 0
 
     @classmethod
-    def of(cls, whole: TensorType) -> Groups:
-        """The groups of a tensor of this type."""
+    def of(cls, whole: TensorType, size: int | None = None) -> Groups:
+        """The groups of a tensor of this type, which is not empty where they have a size of their own."""
+        groups = cls._natural(whole)
+        if size is None:
+            return groups
+        size = min(size, groups.width)
+        each = -(-groups.width // size)
+        rows = groups.rows * each
+        return cls(rows, size, rows, by_row=True, length=groups.width, missing=each * size - groups.width)
+
+    @classmethod
+    def _natural(cls, whole: TensorType) -> Groups:
         shape = whole.shape
         if len(shape) == 4 and whole.order == "NHWC":
             return cls(shape[0] * shape[2] * shape[3], shape[1], shape[1], by_row=False)
@@ -66,31 +79,42 @@ class Groups:
         return cls(1, whole.numel, 1, by_row=True)
 
     def matrix(self, x: Tensor) -> Tensor:
-        """A view of a dense tensor's memory, `[rows, width]`."""
-        return flat(x).view(self.rows, self.width)
+        """A dense tensor's memory, `[rows, width]`: a view, or a copy where something is missing."""
+        values = flat(x)
+        if self.missing:
+            lines = values.view(-1, self.length)
+            values = torch.cat((lines, lines[:, -1:].expand(-1, self.missing)), 1)
+        return values.view(self.rows, self.width)
+
+    def line(self, matrix: Tensor) -> Tensor:
+        """What `matrix` made a matrix of, `[numel]`, in memory order."""
+        if self.missing:
+            matrix = matrix.view(-1, self.length + self.missing)[:, : self.length]
+        return matrix.reshape(-1)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the groups, `[count]`, as a view or copy that broadcasts to the matrix."""
         return values.repeat(self.rows // self.count)[:, None] if self.by_row else values[None, :]
 
 
-def ranges(x: Tensor, groups: Groups, levels: int) -> Tensor | None:
+def ranges(x: Tensor, groups: Groups, levels: int, most: float = HUGE) -> Tensor | None:
     """The range of each group.
 
     Args:
         x: `[rows, width]`, floating point, not empty.
         groups: its groups.
         levels: how many values a quantized element can have.
+        most: the largest magnitude that is taken.
 
     Returns:
         Float32 `[2, count]`: the value of level 0, and the distance between levels, which is 0 for a group
-        whose values are all alike. None where the values are too large for float32 arithmetic.
+        whose values are all alike. None where values are larger than `most`.
 
     Raises:
         FloatingPointError: `x` holds NaN or infinity.
     """
     share = _SLACK / (levels - 1)
-    kernels = _kernels(x.device)
+    kernels = compiled.kernels("_kernels", x.device)
     if kernels is not None:
         bits = x.float().view(-1).numpy().view(np.int32)
         found, peak = kernels.ranges(
@@ -106,7 +130,7 @@ def ranges(x: Tensor, groups: Groups, levels: int) -> Tensor | None:
         scale.masked_fill_(scale < _TINY, 0.0)
     if not peak < float("inf"):
         raise FloatingPointError
-    return None if peak > _HUGE else params
+    return None if peak > most else params
 
 
 def are_finite(params: Tensor) -> bool:
@@ -130,7 +154,7 @@ def quantize(x: Tensor, groups: Groups, params: Tensor, seed: int | None) -> Ten
     """
     x = x.float()
     q = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    kernels = _kernels(x.device)
+    kernels = compiled.kernels("_kernels", x.device)
     if kernels is None:
         low, scale = map(groups.spread, params)
         steps = torch.where(scale > 0, scale.reciprocal(), 0.0)
@@ -159,7 +183,7 @@ def dequantize(q: Tensor, groups: Groups, params: Tensor, x: Tensor) -> None:
         params: what `ranges` returned.
         x: receives the values; of q's shape, floating point.
     """
-    kernels = _kernels(q.device)
+    kernels = compiled.kernels("_kernels", q.device)
     if kernels is None:
         x.copy_((q * groups.spread(params[1])).add_(groups.spread(params[0])))
         return
@@ -169,14 +193,3 @@ def dequantize(q: Tensor, groups: Groups, params: Tensor, x: Tensor) -> None:
     )
     if values is not x:
         x.copy_(values)
-
-
-@cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The compiled kernels, loaded when first needed: Numba takes its time to import."""
-    if device.type != "cpu":
-        return None
-    try:
-        return importlib.import_module("wire.codecs._kernels")
-    except ImportError:
-        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wire.codecs.base import Role
+from wire.codecs.options import ArgumentError
 from wire.codecs.registry import codec_class, codec_names
 from wire.errors import SpecError
 
@@ -88,6 +89,10 @@ def check_chain(stages: Chain, text: str) -> None:
         seen.add(stage.name)
         try:
             codec_class(stage.name)(stage.args, Role.ACTIVATION)
+        except ArgumentError as error:
+            position = stage.position + len(stage.name) + 1 + error.position
+            reason = f"{stage} is wrong at character {position + 1} of {text!r}: {error}"
+            raise SpecError(reason, text, position) from None
         except ValueError as error:
             raise SpecError(f"{stage} {at} is wrong: {error}", text, stage.position) from None
 

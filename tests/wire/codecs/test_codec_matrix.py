@@ -12,7 +12,8 @@ SPECS = [
     name if not args else f"{name}:{args}" for name in codec_names() for args in codec_class(name).examples
 ]
 LOSSLESS = [spec for spec in SPECS if codec_class(spec.partition(":")[0]).kind == "lossless"]
-CHAINS = ["none", *SPECS, *(f"{a}+{b}" for a in SPECS for b in SPECS if a != b)]
+FIRST = list({spec.partition(":")[0]: spec for spec in reversed(SPECS)}.values())
+CHAINS = ["none", *SPECS, *(f"{a}+{b}" for a in FIRST for b in FIRST if a != b)]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from wire.codecs import affine
+from wire.codecs import compiled
 from wire.codecs.base import NonFiniteTensor, Role
 from wire.codecs.chain import Decoder, Encoder, parse_chain
 from wire.codecs.dither import PERIOD
@@ -30,7 +30,7 @@ def channels_last(x):
 def either_path(request, monkeypatch):
     """Runs a test with the compiled kernels and with the operations that a GPU runs."""
     if request.param == "torch":
-        monkeypatch.setattr(affine, "_kernels", lambda device: None)
+        monkeypatch.setattr(compiled, "kernels", lambda module, device: None)
 
 
 def test_a_quarter_of_the_bytes_and_two_numbers_a_channel_cross():
@@ -131,16 +131,16 @@ def test_the_kernels_give_the_bits_that_torch_gives(monkeypatch, role, dtype, sh
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensors = [x, channels_last(x)] if len(shape) == 4 else [x]
     fast = [(b"".join(encode(t, role, 3).buffers), send(t, role, 3)) for t in tensors]
-    monkeypatch.setattr(affine, "_kernels", lambda device: None)
+    monkeypatch.setattr(compiled, "kernels", lambda module, device: None)
     for t, (sent, received) in zip(tensors, fast, strict=True):
         assert b"".join(encode(t, role, 3).buffers) == sent
         assert torch.equal(send(t, role, 3), received)
 
 
 def test_without_numba_torch_does_it(monkeypatch):
-    affine._kernels.cache_clear()
+    compiled._loaded.cache_clear()
     monkeypatch.setitem(sys.modules, "wire.codecs._kernels", None)
     try:
-        assert affine._kernels(torch.device("cpu")) is None
+        assert compiled.kernels("_kernels", torch.device("cpu")) is None
     finally:
-        affine._kernels.cache_clear()
+        compiled._loaded.cache_clear()

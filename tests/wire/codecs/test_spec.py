@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wire.codecs.registry import codec_names
+from wire.codecs.registry import codec_class, codec_names
 from wire.codecs.spec import StageSpec, check_chain, parse_chain, spell_chain, split_chain
 from wire.errors import SpecError
 
@@ -59,9 +59,11 @@ def test_an_unknown_codec_is_answered_with_all_that_exist():
         assert name in str(caught.value)
 
 
-@given(st.lists(st.sampled_from(codec_names()), unique=True))
-def test_a_chain_is_spelt_as_it_is_read(names):
-    chain = tuple(StageSpec(name) for name in names)
+@given(st.lists(st.sampled_from(codec_names()), unique=True), st.data())
+def test_a_chain_is_spelt_as_it_is_read(names, data):
+    chain = tuple(
+        StageSpec(name, data.draw(st.sampled_from(codec_class(name).examples), label=name)) for name in names
+    )
     assert parse_chain(spell_chain(chain)) == chain
 
 
