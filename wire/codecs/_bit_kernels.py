@@ -112,3 +112,21 @@ def rotate_columns(x: Floats, ends: NDArray[np.int64], scales: Floats) -> None:
                     _rotate_rows(tile, scales[b])
                     x[o, start : ends[b], column : column + _TILE] = tile
             start = ends[b]
+
+
+@compiled
+def shuffle(words: Words, planes: Bytes) -> None:
+    """Writes the lowest bytes of all words, then the second ones, and so on; words of any width."""
+    for k in range(words.itemsize):
+        plane, shift = planes[k * words.size : (k + 1) * words.size], np.uint64(8 * k)
+        for i in range(words.size):
+            plane[i] = np.uint8(words[i] >> shift)
+
+
+@compiled
+def unshuffle(planes: Bytes, words: Words) -> None:
+    """The inverse of `shuffle`; the words are 0 before."""
+    for k in range(words.itemsize):
+        plane, shift = planes[k * words.size : (k + 1) * words.size], np.uint64(8 * k)
+        for i in range(words.size):
+            words[i] |= np.uint64(plane[i]) << shift
