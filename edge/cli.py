@@ -1,12 +1,13 @@
 """The command ``edge-client``."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from common.choices import AMP, MEMORY_FORMATS, OPTIMIZERS, SCHEDULES
+from common.choices import AMP, COUNTINGS, MEMORY_FORMATS, OPTIMIZERS, SCHEDULES
 from common.command import run_cli, run_command
 from edge.config import DEFAULT_PORT, TrainConfig
 
@@ -88,11 +89,45 @@ _TRAIN_OPTIONS = (
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )
 
+_FLOPS_OPTIONS = (
+    _option("--model", "A torchvision classifier's name, or a registered model's."),
+    _option(
+        "--cut",
+        "A cut point; give two.  [default: the model's preset]",
+        field="cuts",
+        multiple=True,
+        default=None,
+    ),
+    _option("--image-size", "Side of the images in pixels.  [default: the model's own]", type=int),
+    _option("--num-classes", "Outputs of the classifier.", type=int, default=1000),
+    _option(
+        "--compress",
+        "What to compress with, as in training. Bottlenecks count; codecs change neither MACs nor tensors.",
+        metavar="[WHERE=]SPEC",
+        multiple=True,
+    ),
+    _option("--batch-size", "Samples.", type=int),
+    click.option(
+        "--count",
+        type=click.Choice(COUNTINGS),
+        default=COUNTINGS[0],
+        show_default=True,
+        help="How a transposed convolution counts: what it computes, or as published figures have it.",
+    ),
+    click.option("--json", is_flag=True, help="Print one JSON object."),
+    click.option("--plot", type=_FILE, help="Draw MACs and bytes along the model here (.png, .svg, .pdf)."),
+    click.option("--import", "modules", multiple=True, metavar="MODULE", help="Import a module with models."),
+    click.option("--debug", is_flag=True, help="Show tracebacks."),
+)
 
-def _with_options(command: Any) -> Any:
-    for option in reversed(_TRAIN_OPTIONS):
-        command = option(command)
-    return command
+
+def _with(options: Sequence[Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 @click.group(
@@ -102,7 +137,7 @@ def _with_options(command: Any) -> Any:
     subcommand_metavar="[COMMAND]",
 )
 @click.option("--server", metavar="HOST:PORT", help=f"The cloud server.  [default port: {DEFAULT_PORT}]")
-@_with_options
+@_with(_TRAIN_OPTIONS)
 @click.pass_context
 def cli(context: click.Context, /, **options: Any) -> None:
     r"""Train a model whose middle is computed by a cloud server; data and labels stay here.
@@ -129,12 +164,32 @@ def cli(context: click.Context, /, **options: Any) -> None:
 
 
 @cli.command()
-@_with_options
+@_with(_TRAIN_OPTIONS)
 def demo(**options: Any) -> None:
     """Train on loopback with a server of its own: a first look, and a check that all works."""
     given = click.get_current_context().get_parameter_source
     fitting = {name: value for name, value in _DEMO.items() if given(name) is ParameterSource.DEFAULT}
     _train({**options, **fitting, "server": "127.0.0.1:1"}, own_server=True)
+
+
+@cli.command()
+@_with(_FLOPS_OPTIONS)
+def flops(debug: bool, modules: tuple[str, ...], **options: Any) -> None:
+    r"""Count MACs, parameters and bytes of the three partitions; nothing is trained.
+
+    \b
+        edge-client flops --model mobilenet_v2 --compress conv
+    """
+
+    def work() -> None:
+        from common.imports import import_modules
+        from edge.flops import FlopsConfig, flops_command
+
+        import_modules(modules)
+        flops_command(FlopsConfig(**options))
+
+    options["cuts"] = tuple(options["cuts"] or ())
+    run_command(work, debug=debug)
 
 
 _DEMO: dict[str, Any] = {
