@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 from common.bottleneck import KINDS, parse_bottleneck
 from common.errors import UserError
+from common.propagate import TensorInfo
 from common.spec import CUTS, STREAMS
+from wire.codecs.base import Role
+from wire.codecs.layout import TensorType
+from wire.codecs.registry import codec_class
 from wire.codecs.spec import NONE, check_chain, spell_chain, split_chain
 
 BOTTLENECKS = tuple(KINDS)
@@ -61,6 +65,31 @@ def parse_compress(texts: Sequence[str]) -> Compression:
         narrowest = next(place for place in (stream, direction, cut_name, "") if place in settings)
         codecs[stream] = settings[narrowest][1]
     return Compression(bottlenecks=(bottlenecks[0], bottlenecks[1]), codecs=codecs)
+
+
+def check_fit(compression: Compression, crossing: Sequence[Sequence[TensorInfo]], chunk: int) -> None:
+    """Check that each codec can do something for the tensors that it is for.
+
+    Args:
+        compression: what was asked for.
+        crossing: what crosses cut 1 and cut 2, behind bottlenecks.
+        chunk: samples in a chunk.
+
+    Raises:
+        UserError: a codec's arguments fit none of a cut's floating-point tensors.
+    """
+    for cut, infos in zip(CUTS, crossing, strict=True):
+        types = [
+            TensorType(info.dtype, info.batched(chunk)) for info in infos if info.dtype.is_floating_point
+        ]
+        for stream, chain in compression.codecs.items():
+            if not types or not stream.startswith(f"cut{cut}."):
+                continue
+            for stage in split_chain(chain):
+                codec = codec_class(stage.name)(stage.args, Role.ACTIVATION)
+                misfits = [codec.misfit(whole) for whole in types]
+                if all(misfits):
+                    raise UserError(f"--compress {stage} does nothing at cut {cut}: {misfits[0]}")
 
 
 def _place(text: str) -> tuple[str, str]:

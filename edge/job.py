@@ -14,7 +14,7 @@ from common.optim import OptimSpec
 from common.partition import Split, image_input, preset_cuts, split
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
-from edge.compress import parse_compress
+from edge.compress import check_fit, parse_compress
 from edge.config import TrainConfig
 from edge.data.augment import to_tensor
 from edge.data.datasets import Dataset, open_dataset
@@ -98,6 +98,7 @@ def prepare(config: TrainConfig) -> Job:
     parts = with_bottleneck(
         split(model, cuts, image_input(image_size)), compression.bottlenecks, seed=config.seed
     )
+    check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
     if any(compression.bottlenecks):
         images = _first_images(config, dataset, image_size)
         start_from_samples(parts, compression.bottlenecks, (images,), seed=config.seed)

@@ -21,7 +21,7 @@ def row(tensor, bottleneck="none", codec=JUDGED, speed=6.0, times=9.0, faults=0.
 
 
 def test_every_registered_codec_is_measured():
-    assert set(codec_names()) < set(CHAINS)
+    assert set(codec_names()) <= {chain.partition(":")[0] for chain in CHAINS}
 
 
 def test_the_naive_way_is_int8():

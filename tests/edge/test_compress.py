@@ -3,12 +3,14 @@
 import contextlib
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.propagate import TensorInfo
 from common.spec import STREAMS
-from edge.compress import BOTTLENECKS, parse_compress
+from edge.compress import BOTTLENECKS, check_fit, parse_compress
 from wire.codecs.chain import parse_chain
 from wire.errors import SpecError
 
@@ -204,3 +206,32 @@ def test_a_bottleneck_for_a_direction_is_refused_even_where_it_would_not_count()
 def test_widths_of_a_bottleneck_are_checked_before_anything_is_loaded():
     with pytest.raises(UserError, match="character 6"):
         parse_compress(["conv:zz"])
+
+
+MAPS = ([TensorInfo(name="a", shape=(32, 112, 112))], [TensorInfo(name="b", shape=(1280, 7, 7))])
+
+
+@pytest.mark.parametrize("texts", [["none"], ["int8+lz4"], ["lowrank:32"], ["lowrank:49", "cut1=lowrank:2"]])
+def test_what_fits_what_crosses_is_let_through(texts):
+    check_fit(parse_compress(texts), MAPS, chunk=8)
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["lowrank:33"], "lowrank:33 does nothing at cut 1: a sample is a matrix 32x12544; ranks up to 31"),
+        (["cut2.grad=fp16+lowrank:50"], "lowrank:50 does nothing at cut 2: a sample is a matrix 1280x49"),
+    ],
+)
+def test_a_rank_that_fits_nothing_is_refused(texts, words):
+    with pytest.raises(UserError, match=words):
+        check_fit(parse_compress(texts), MAPS, chunk=8)
+
+
+def test_a_rank_has_to_fit_one_tensor_of_a_cut():
+    mask = TensorInfo(name="mask", shape=(128,), dtype=torch.int64)
+    narrow, wide = (TensorInfo(name=str(width), shape=(128, width)) for width in (8, 768))
+    compression = parse_compress(["lowrank:16"])
+    check_fit(compression, ([mask, narrow, wide], [mask]), chunk=8)
+    with pytest.raises(UserError, match="cut 2"):
+        check_fit(compression, ([mask, wide], [mask, narrow]), chunk=8)

@@ -59,11 +59,11 @@ def chain_of(golden: dict[str, Any]) -> str:
     return chain
 
 
-# Which block a library of lz4 or zstd makes of given bytes is its own affair.
+# Which block a library of lz4 or zstd makes of given bytes is its own affair, and so is how products are rounded.
 REPRODUCIBLE = {
     name: golden
     for name, golden in WITH_TENSORS.items()
-    if not {"lz4", "zstd"} & {stage.name for stage in parse_chain(chain_of(golden))}
+    if not {"lz4", "zstd", "lowrank"} & {stage.name for stage in parse_chain(chain_of(golden))}
 }
 
 
@@ -74,7 +74,7 @@ def test_there_is_a_frame_of_every_kind() -> None:
 def test_there_is_a_frame_of_every_codec() -> None:
     chains = {chain_of(golden) for golden in WITH_TENSORS.values()}
     assert {stage.name for chain in chains for stage in parse_chain(chain)} == set(codec_names())
-    assert {"none", "int8+lz4", "int4:group=16", "int4:hadamard"} < chains
+    assert {"none", "int8+lz4", "int4:group=16", "int4:hadamard", "lowrank:2"} < chains
 
 
 @pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)

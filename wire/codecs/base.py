@@ -174,6 +174,13 @@ class Codec(ABC):
         """The most by which an element of `x` can change on its way, broadcastable to `x`'s shape."""
         return torch.zeros((), dtype=torch.float64)
 
+    def misfit(self, whole: TensorType) -> str | None:
+        """Why nothing would come of the codec's arguments for tensors of a type; None where something can.
+
+        For whoever knows the tensors before any are sent; the codec itself lets such tensors pass as they are.
+        """
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What this stream has learnt from earlier calls; later calls do not change it."""
         return {}

@@ -41,6 +41,11 @@ def test_splitting_takes_names_that_are_no_codecs():
         ("none:3", 0, "must stand alone"),
         ("int8+lz4+int8", 9, "comes a second time"),
         ("fp16:3", 0, "fp16 takes no arguments"),
+        ("int8+lowrank", 5, "lowrank at character 6 of 'int8+lowrank' is wrong: give the rank"),
+        ("lowrank:0", 0, "as in lowrank:16"),
+        ("lowrank:-3", 0, "as in lowrank:16"),
+        ("lowrank:1e3", 0, "as in lowrank:16"),
+        ("lowrank:99999999999999999999", 0, "as in lowrank:16"),
         ("int8:", 4, "no arguments follow the colon at character 5"),
     ],
 )

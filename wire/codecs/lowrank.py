@@ -1,0 +1,265 @@
+"""lowrank:R: each sample as a product of two thin matrices, found by power iteration.
+
+A sample is a matrix, ``[C, H*W]`` of a map and ``[S, H]`` of a sequence. One step of power iteration from
+the factor of the tensor before it gives nearly what a singular value decomposition would, at the cost of two
+or three thin products, as long as a stream's tensors resemble each other:
+
+    V = start            what is remembered, or random          [R, long]
+    U = orth(V M)        orthonormal, so nothing blows up       [R, short]
+    V = U Mᵀ             the best partner that U can have       [R, long]
+    M ≈ Vᵀ U             what the decoder multiplies            [long, short]
+
+What is remembered lies on the side of the features (channels, or the hidden size), as they mean the same in
+every sample; where it is U, the first line is ``V = U Mᵀ``.
+
+Source: PowerSGD, Vogels, Karimireddy and Jaggi 2019, https://arxiv.org/abs/1905.13727, which does so for
+gradients of weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from wire.codecs.base import Call, Codec, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
+from wire.codecs.layout import TensorType, flat, padded
+from wire.codecs.registry import register
+from wire.errors import CorruptPayload
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+_TAKES = (torch.float32, torch.float16, torch.bfloat16)
+
+_TINY = 1e-37
+"""Rows below it are taken for zero when they are brought to one size."""
+
+_HUGE = 1e35
+"""Tensors with larger factors are left alone: their product might overflow."""
+
+_STIR = 1e-6
+"""Share of random directions in each step. A direction that was empty, and would stay so, finds another."""
+
+_COLD_STEPS = 2
+"""Steps from a random start."""
+
+_MOST_STARTS = 16
+"""Shapes that a stream remembers, the latest ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """A tensor's memory as one matrix a sample.
+
+    Attributes:
+        count: how many matrices.
+        rows: of each.
+        columns: of each.
+        features: which of the two sides the features are on, "rows" or "columns".
+    """
+
+    count: int
+    rows: int
+    columns: int
+    features: Literal["rows", "columns"]
+
+    @classmethod
+    def of(cls, whole: TensorType) -> Matrices | None:
+        """The matrices of a tensor of this type; None where it has none."""
+        if len(whole.shape) == 3:
+            return cls(*whole.shape, "columns")
+        if len(whole.shape) == 4:
+            count, channels, height, width = whole.shape
+            if whole.order == "NHWC":
+                return cls(count, height * width, channels, "columns")
+            return cls(count, channels, height * width, "rows")
+        return None
+
+    @property
+    def tall(self) -> bool:
+        """Whether the rows are the longer side."""
+        return self.rows >= self.columns
+
+    @property
+    def features_are_long(self) -> bool:
+        """Whether the features are on the longer side."""
+        return self.tall == (self.features == "rows")
+
+    @property
+    def smaller_side(self) -> int:
+        """Of each matrix."""
+        return min(self.rows, self.columns)
+
+    def view(self, x: Tensor) -> Tensor:
+        """A dense tensor's memory as `[count, rows, columns]`."""
+        return flat(x).view(self.count, self.rows, self.columns)
+
+
+@register
+class LowRank(Codec):
+    """Two factors of rank R a sample: ``[count, R, rows]`` and ``[count, R, columns]``.
+
+    Component by component in memory, so that a quantizer that follows gives each a range of its own.
+    """
+
+    name = "lowrank"
+    kind: ClassVar[Literal["lossless", "lossy"]] = "lossy"
+    examples: ClassVar[tuple[str, ...]] = ("4", "1", "16")
+
+    def __init__(self, args: str, role: Role) -> None:
+        super().__init__("", role)
+        if not (args.isascii() and args.isdigit() and 1 <= int(args[:9]) < 1 << 20):
+            raise ValueError("give the rank, a whole number from 1, as in lowrank:16")
+        self.rank = int(args)
+        # By the start's shape; the one used last stands last.
+        self._starts: dict[tuple[int, ...], Tensor] = {}
+
+    def encode(self, x: Tensor, call: Call) -> Packed | None:
+        """Two parts, the factors of the rows and of the columns, in the tensor's own dtype."""
+        whole = TensorType.of(x)
+        matrices = self._fitting(whole)
+        if matrices is None:
+            return None
+        m = matrices.view(x).float()
+        m = m if matrices.tall else m.transpose(1, 2)
+        factors = self._factors(m, matrices, most=min(_HUGE, torch.finfo(x.dtype).max))
+        if factors is None:
+            if not x.isfinite().all():
+                raise NonFiniteTensor(self.name)
+            return None
+        long, short = factors
+        self._remember(long if matrices.features_are_long else short)
+        parts = (long, short) if matrices.tall else (short, long)
+        return Packed(tuple(Part(factor.to(x.dtype), follow=True) for factor in parts))
+
+    def part_types(self, whole: TensorType, meta: Mapping[str, Any]) -> tuple[PartType, ...]:
+        """``[count, R, rows]`` and ``[count, R, columns]``, of the same dtype."""
+        no_meta(self.name, meta)
+        matrices = self._fitting(whole)
+        if matrices is None:
+            raise CorruptPayload(
+                f"{self.name}:{self.rank} never takes a tensor of {whole.dtype}, {list(whole.shape)}"
+            )
+        return tuple(PartType(part, follow=True) for part in self._parts(matrices, whole.dtype))
+
+    def decode(self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any]) -> Tensor:
+        """The product of the factors, in the original dtype."""
+        rows, columns = (part.float() for part in parts)
+        x = torch.bmm(rows.transpose(1, 2), columns)
+        if whole.dtype == torch.float16:
+            top = torch.finfo(whole.dtype).max
+            x = x.clamp_(-top, top)
+        return whole.shaped(x.to(whole.dtype).view(-1))
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        """What is cut off is orthogonal to what remains, so no larger than the row or column that it is in."""
+        whole = TensorType.of(x)
+        matrices = self._fitting(whole)
+        if matrices is None:
+            return torch.zeros((), dtype=torch.float64)
+        values = matrices.view(x).double()
+        sizes = torch.linalg.vector_norm(values, dim=2 if matrices.tall else 1, keepdim=True)
+        info = torch.finfo(x.dtype)
+        # Both factors and the product are rounded; below a dtype's normal range by fixed amounts.
+        bound = sizes * (1 + 4 * info.eps + 1e-4) + 4 * self.rank * info.tiny * info.eps
+        return whole.shaped(bound.expand_as(values).reshape(-1))
+
+    def misfit(self, whole: TensorType) -> str | None:
+        """A rank above the smaller side, which no compression is."""
+        matrices = Matrices.of(whole)
+        if matrices is None:
+            return f"it takes [B,C,H,W] and [B,S,H], not {len(whole.shape)} dimensions"
+        if self.rank <= matrices.smaller_side:
+            return None
+        most = matrices.rows * matrices.columns // (matrices.rows + matrices.columns)
+        side = f"a sample is a matrix {matrices.rows}x{matrices.columns}"
+        return (
+            f"{side}; ranks up to {most} make it smaller" if most else f"{side}, which no rank makes smaller"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The factors to start from, the one used last standing last."""
+        return {"starts": list(self._starts.values())} if self._starts else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the factors back."""
+        starts = state.get("starts", [])
+        fits = isinstance(starts, list | tuple) and all(
+            isinstance(start, torch.Tensor)
+            and (start.dtype, start.dim()) == (torch.float32, 3)
+            and start.shape[1] == self.rank
+            for start in starts
+        )
+        if state.keys() - {"starts"} or not fits or len(starts) > _MOST_STARTS:
+            raise ValueError(f"the state is not one of {self.name}:{self.rank}")
+        self._starts = {tuple(start.shape): start for start in starts}
+
+    def _fitting(self, whole: TensorType) -> Matrices | None:
+        """The matrices of a tensor that this codec makes smaller; None for any other."""
+        matrices = Matrices.of(whole)
+        if matrices is None or whole.dtype not in _TAKES or self.rank > matrices.smaller_side:
+            return None
+        size = sum(padded(part.nbytes) for part in self._parts(matrices, whole.dtype))
+        return matrices if size < padded(whole.nbytes) else None
+
+    def _parts(self, matrices: Matrices, dtype: torch.dtype) -> tuple[TensorType, TensorType]:
+        rows = TensorType(dtype, (matrices.count, self.rank, matrices.rows))
+        return rows, TensorType(dtype, (matrices.count, self.rank, matrices.columns))
+
+    def _factors(self, m: Tensor, matrices: Matrices, most: float) -> tuple[Tensor, Tensor] | None:
+        """V and U, `[count, R, long]` and `[count, R, short]`, of matrices `[count, long, short]`.
+
+        None where `m` holds NaN, infinity, or values so large that squares overflow or V has one above `most`.
+        """
+        count, long, short = m.shape
+        start = self._starts.get((count, self.rank, long if matrices.features_are_long else short))
+        steps = 1
+        if start is None:
+            steps = _COLD_STEPS
+            v = directions(self.rank, long, m.device).expand(count, -1, -1)
+        elif matrices.features_are_long:
+            v = start.to(m.device)
+        else:
+            v = torch.bmm(start.to(m.device), m.transpose(1, 2))
+        for _ in range(steps):
+            w = torch.bmm(v, m)
+            # Each element of m is in a sum of w, which is NaN or infinite if the element is.
+            if not peak(w) < float("inf"):
+                return None
+            u = orthonormal(w)
+            v = torch.bmm(u, m.transpose(1, 2))
+        return (v, u) if peak(v) <= most else None
+
+    def _remember(self, start: Tensor) -> None:
+        key = tuple(start.shape)
+        self._starts.pop(key, None)
+        self._starts[key] = start
+        if len(self._starts) > _MOST_STARTS:
+            del self._starts[next(iter(self._starts))]
+
+
+def peak(x: Tensor) -> float:
+    """The largest magnitude, NaN where there is NaN."""
+    return torch.stack(torch.aminmax(x)).abs().amax().item()
+
+
+def orthonormal(w: Tensor) -> Tensor:
+    """An orthonormal basis of the rows of `[count, R, n]`, R <= n; made up where they have less than rank R.
+
+    By Householder's reflections, which are stable whatever the rows are.
+    """
+    evened = w / w.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
+    stirred = evened.add_(directions(w.shape[1], w.shape[2], w.device), alpha=_STIR)
+    basis: Tensor = torch.linalg.qr(stirred.transpose(1, 2)).Q
+    return basis.transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=64)
+def directions(count: int, size: int, device: torch.device) -> Tensor:
+    """Random directions `[count, size]`, the same in every process; not to be changed."""
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(0)).to(device)
