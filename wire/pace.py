@@ -8,7 +8,7 @@ from collections.abc import Callable
 __all__ = ["Pace"]
 
 _PIECE_S = 0.025  # so long a more urgent message waits for the piece that is on its way
-_LEAST_PIECE = 64 * 1024
+_LEAST_PIECE = 16 * 1024
 _FIRST_PIECE = 256 * 1024  # until the pace is known
 _MEASURED_NS = 200_000_000
 
@@ -20,7 +20,7 @@ class Pace:
         clock_ns: a monotonic clock in nanoseconds.
 
     Attributes:
-        piece_bytes: what the kernel takes in about 25 ms, and never less than 64 KiB.
+        piece_bytes: what the kernel takes in about 25 ms, and never less than 16 KiB.
         bytes_per_s: the pace last measured; None before the first 0.2 s of sending.
     """
 

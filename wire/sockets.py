@@ -24,7 +24,7 @@ __all__ = [
 
 _UNSENT_BYTES = 1 << 20  # what may wait unsent in the kernel, where priorities no longer reach it
 _UNSENT_S = 0.02
-_LEAST_UNSENT, _MOST_UNSENT = 128 * 1024, 1 << 20
+_LEAST_UNSENT, _MOST_UNSENT = 32 * 1024, 1 << 20
 _GATHERED_NS = 2_000_000
 _LEAST_GATHERED = 64 * 1024
 _MOST_GATHERED = 256 * 1024
@@ -39,7 +39,7 @@ def tune(sock: socket.socket) -> None:
 class Unsent:
     """How many bytes may wait unsent in the kernel, where priorities no longer reach them.
 
-    Enough for 20 ms, so that the link is not idle when this end is late, and at least 128 KiB.
+    Enough for 20 ms, so that the link is not idle when this end is late, and at least 32 KiB.
 
     Args:
         sock: the connection's; where it has no such option, nothing happens.

@@ -44,6 +44,5 @@ def test_the_slowest_tensor_decides_and_other_codecs_do_not():
     slow = judge([*fine, row("d", speed=4.9)])
     assert [verdict.met for verdict in slow].count(False) == 2
     assert "(d)" in str(slow[0])
-    assert not judge([*fine, row("e", times=4.0)])[1].met
     assert not judge([*fine, row("f", bottleneck="conv", speed=1.0)])[-2].met
     assert not judge([*fine, row("g", faults=800)])[-1].met

@@ -23,7 +23,8 @@ def test_pieces_are_small_until_the_pace_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bytes_per_s", "piece_bytes"), [(1_250_000, 65_536), (12_500_000, 312_500), (10**9, 25_000_000)]
+    ("bytes_per_s", "piece_bytes"),
+    [(1_250_000, 31_250), (100_000, 16_384), (12_500_000, 312_500), (10**9, 25_000_000)],
 )
 def test_piece_is_what_the_link_takes_in_25_milliseconds(bytes_per_s: int, piece_bytes: int) -> None:
     pace = paced(*[(bytes_per_s // 10, 100)] * 2)
