@@ -45,6 +45,9 @@ BENCHMARKS = (
     ),
     Benchmark("codecs", "Codecs", "Encoding and decoding of boundary tensors."),
     Benchmark(
+        "lowrank", "Low rank", "Time and error of `lowrank:16`, on one core, against the truncated SVD."
+    ),
+    Benchmark(
         "cpu_compute",
         "Compute on a CPU",
         "A training step of MobileNetV2 in plain torch, with and without what both commands set up by themselves.",
