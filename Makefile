@@ -13,7 +13,7 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 .PHONY: help demo test lint bench clean
 
 help:
-	@echo "make demo   train over loopback, server and client, for about a minute"
+	@echo "make demo   train over loopback, server and client, for about two minutes"
 	@echo "make test   run the tests"
 	@echo "make lint   check style, imports and types"
 	@echo "make bench  measure everything and write docs/results.md (most of an hour; BENCH='--quick' is shorter)"
