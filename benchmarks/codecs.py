@@ -63,7 +63,10 @@ from wire.codecs.registry import codec_class, codec_names
 from wire.codecs.spec import parse_chain
 from wire.errors import SpecError
 
-CHAINS = (*(f"{name}:{codec_class(name).examples[0]}".rstrip(":") for name in codec_names()), "int8+lz4")
+CHAINS = (
+    *(f"{name}:{codec_class(name).examples[0]}".removesuffix(":") for name in codec_names()),
+    *("int4:hadamard", "int8+lz4", "int8+zstd", "fp16+zstd"),
+)
 NAIVE, TUNED, MEMCPY = "naive", "tuned", "memcpy"
 JUDGED = "int8"
 TARGET_GB_S = 5.0

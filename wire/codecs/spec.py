@@ -90,7 +90,7 @@ def check_chain(stages: Chain, text: str) -> None:
         try:
             codec_class(stage.name)(stage.args, Role.ACTIVATION)
         except ArgumentError as error:
-            position = stage.position + len(stage.name) + 1 + error.position
+            position = stage.position + (len(stage.name) + 1 + error.position if stage.args else 0)
             reason = f"{stage} is wrong at character {position + 1} of {text!r}: {error}"
             raise SpecError(reason, text, position) from None
         except ValueError as error:
