@@ -109,6 +109,11 @@ def test_positions_are_read_as_they_were_written(chosen, more):
     assert data.numel() == layout.size
     assert positions.Layout.parse(layout.meta(), length, where.numel()) == layout
     assert torch.equal(positions.read(data, layout, where.numel()), where)
+    with pytest.MonkeyPatch.context() as patch:
+        without_kernels(patch)
+        again, same = positions.write(where, length)
+        assert (again, same.tolist()) == (layout, data.tolist())
+        assert torch.equal(positions.read(data, layout, where.numel()), where)
 
 
 def test_positions_in_clusters_and_far_apart_are_read_as_they_were_written():
