@@ -1,6 +1,7 @@
 """The trained model is written whole, or the old file stays and training says why it stopped."""
 
 import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -30,13 +31,18 @@ def test_the_model_and_its_bottleneck_are_in_one_file(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """A disk with room for a few kilobytes, as the kernel refuses to write more."""
+    """A disk with room for a few kilobytes, as the kernel refuses to write more.
+
+    As short as can be: the limit is the whole process's, and the tests' own report may go to a longer file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -46,9 +52,8 @@ def old_file(tmp_path):
     return path
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_disk_without_room_stops_training_and_the_old_file_stays(old_file):
-    with pytest.raises(TrainingStopped) as caught:
+    with full_disk(), pytest.raises(TrainingStopped) as caught:
         save_state(STATE, config_for(old_file), 7)
     assert str(caught.value).startswith(f"the model of step 7 could not be written to {old_file}: ")
     assert "too large" in str(caught.value).lower()  # what the system says
