@@ -61,7 +61,7 @@ BENCHMARKS = (
     Benchmark(
         "accuracy",
         "Accuracy",
-        "CIFAR-10 trained with and without a bottleneck, three seeds, in a setting for two CPU cores; the demo.",
+        "CIFAR-10 fine-tuned with and without a bottleneck, three seeds, in a setting for two CPU cores; the demo.",
     ),
 )
 
