@@ -196,9 +196,9 @@ _DEMO: dict[str, Any] = {
     "image_size": 96,
     "compress": ("conv",),
     "chunks": 4,
-    "epochs": 5,
+    "epochs": 4,
     "optimizer": "adamw",
-    "lr": 0.003,
+    "lr": 0.0015,
     "schedule": "linear",
     "augment": False,
 }
