@@ -90,15 +90,17 @@ class LowWater:
             nbytes: how many came just now.
             missing: how many of a payload are still to come; 0 where a header is next.
         """
-        if missing < _LEAST_GATHERED and self._set == 1:
-            return
+        if (missing < _LEAST_GATHERED or nbytes >= _MOST_GATHERED // 2) and self._set == 1:
+            return  # nothing to gather, or so much comes at once that nothing need be
         now_ns = self._clock_ns()
         rate = nbytes / max(now_ns - self._last_ns, 1)
         self._last_ns = now_ns
         # Down at once, for a link that has become slow; up with care, for what had waited came in no time.
         self._bytes_per_ns = min(rate, self._bytes_per_ns + (rate - self._bytes_per_ns) / 4)
-        wanted = min(missing, int(self._bytes_per_ns * _GATHERED_NS), _MOST_GATHERED)
-        if wanted < _LEAST_GATHERED:
+        gathered = int(self._bytes_per_ns * _GATHERED_NS)
+        wanted = min(missing, gathered, _MOST_GATHERED)
+        if wanted < _LEAST_GATHERED or gathered > 2 * _MOST_GATHERED:
+            # On a link faster than memory is copied, waiting would only keep both ends from copying at once.
             wanted = 1
         if wanted < self._set or wanted > self._set * 5 // 4:
             self._set = wanted

@@ -47,6 +47,13 @@ def test_fast_link_is_gathered_from_and_a_slow_one_is_not() -> None:
     assert slow.sock.options == []
 
 
+def test_link_within_one_machine_is_not_gathered_from() -> None:
+    loopback = Received()
+    for _ in range(30):
+        loopback.come(200_000, 10 << 20, after_ns=MS // 20)  # 4 GB/s
+    assert loopback.sock.last == 1
+
+
 def test_never_more_is_waited_for_than_is_sure_to_come() -> None:
     received = Received()
     for missing in [*range(4_000_000, 0, -64_000), 0]:
