@@ -1,6 +1,7 @@
 """What the server keeps of one pass of chunks, a training step's or an evaluation's, while it is under way."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cloud.device import Placed
@@ -26,6 +27,7 @@ class Passing:
         placed: what has come and waits to be computed; empty while it is decoded.
         samples: how many there are in each chunk that came forward.
         in_flight: chunks that came forward and whose last answer has not left yet.
+        busy_before_s: seconds that each lane had been busy when it began.
     """
 
     step: int
@@ -38,6 +40,7 @@ class Passing:
     placed: dict[Action, Placed] = field(default_factory=dict)
     samples: dict[int, int] = field(default_factory=dict)
     in_flight: int = 0
+    busy_before_s: Mapping[str, float] = field(default_factory=dict)
 
     def accept(self, message: Forward | Backward) -> tuple[Action, int]:
         """Take note of tensors that came; return the action that they make possible and their cut.

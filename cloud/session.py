@@ -161,7 +161,6 @@ class Session:
             if message.step <= self._step:
                 raise RemoteProtocolError(f"step {message.step} begins after step {self._step}")
             self._step = message.step
-            self._busy_before = self._busy_s()
             self._lanes.run(COMPUTE, "begin", self._middle.stage.begin_step)
         schedule = cloud_schedule(message.chunks, evaluate=message.evaluate)
         passing = Passing(
@@ -172,6 +171,7 @@ class Session:
             # An evaluation has streams of its own, so that it changes nothing of training.
             codecs=self._make_streams() if message.evaluate else self._training,
             driver=Driver(schedule, lambda action: self._perform(passing, action)),
+            busy_before_s=self._busy_s(),
         )
         passing.driving = self._tasks.create_task(self._drive(passing))
         self._passing = passing
@@ -242,19 +242,21 @@ class Session:
         await passing.driving
         self._passing = None
         applied = self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale)
-        self._tasks.create_task(self._confirm(message.step, applied))
+        self._tasks.create_task(self._confirm(passing, applied))
 
-    async def _confirm(self, step: int, applied: asyncio.Future[None]) -> None:
-        await applied
+    async def _confirm(self, passing: Passing, applied: asyncio.Future[None]) -> None:
+        await applied  # the next step may have begun meanwhile
         detail: dict[str, Any] = {
-            "busy_s": {lane: seconds - self._busy_before[lane] for lane, seconds in self._busy_s().items()},
+            "busy_s": {
+                lane: seconds - passing.busy_before_s[lane] for lane, seconds in self._busy_s().items()
+            },
             "mean_s": self._lanes.take_means(),
             "sizes": self._sent.take_sizes(),
             "rate_bit_s": self._sent.rate_bit_s,
         }
         if self._tracer.enabled:
             detail["events"] = self._tracer.to_plain(clear=True)
-        await self._connection.send(Committed(step=step, detail=detail))
+        await self._connection.send(Committed(step=passing.step, detail=detail))
 
     async def _abort(self, message: Abort) -> None:
         self._training_step(message, "abort")

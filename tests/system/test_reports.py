@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.system.counting_relay import counting_relay
-from tests.system.processes import TINY, serving, train
+from tests.system.processes import TINY, run, serving, train
 from tests.system.terminal import on_terminal
 
 STEP_KEYS = [
@@ -189,6 +189,21 @@ def test_sending_overlaps_computing(timeline: Timeline) -> None:
 def test_both_sides_compute_at_once(timeline: Timeline) -> None:
     pairs = [(e, c) for e in timeline.of("edge", "compute") for c in timeline.of("cloud", "compute")]
     assert any(e["ts"] < c["end"] and c["ts"] < e["end"] for e, c in pairs)
+
+
+def test_busy_shares_are_those_of_the_timeline(address: str, tmp_path: Path) -> None:
+    trace, metrics = tmp_path / "trace.json", tmp_path / "metrics.jsonl"
+    # With most of the weights in the middle, a step begins before the cloud has applied the one before.
+    large = ("--server", address, "--model", "mobilenet_v2", "--image-size", 32, "--batch-size", 16)
+    many = ("--chunks", 2, "--threads", 1, "--steps", 4, "--eval-every", 0)
+    assert run("edge-client", *large, *many, "--trace", trace, "--metrics", metrics).status == 0
+    timeline, lines = Timeline(trace), events(metrics)
+    wall_s = sum(line["step_s"] for line in lines if line["event"] == "step")
+    kinds = ("0F", "1F", "2T", "1B", "0B", "begin", "norm", "commit")
+    for side in ("edge", "cloud"):
+        spans = [span for kind in kinds for span in timeline.of(side, "compute", kind)]
+        computed_s = sum(span["dur"] for span in spans) / 1e6
+        assert lines[-1][f"{side}_busy"] == pytest.approx(computed_s / wall_s, rel=0.2), side
 
 
 def test_server_without_a_trace_to_write_sends_none(address: str, tmp_path: Path) -> None:
