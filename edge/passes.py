@@ -65,8 +65,10 @@ class Pass:
                 link.on_tensors = self._take
                 with self._noticing():
                     await self._driver.run()
-        finally:
-            link.on_tensors = None
+        except BaseException:
+            self._failed = True  # what the cloud has sent meanwhile is still taken, and dropped
+            raise
+        link.on_tensors = None
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:
@@ -93,10 +95,10 @@ class Pass:
         return await self.context.lanes.run(COMPUTE, str(action), work, *args)
 
     def _take(self, message: Forward | Backward) -> None:
-        if message.step != self.step:
-            raise RemoteProtocolError(f"{message.kind} of step {message.step} came in step {self.step}")
         if self._failed:
             return
+        if message.step != self.step:
+            raise RemoteProtocolError(f"{message.kind} of step {message.step} came in step {self.step}")
         action, cut = self.incoming(message)
         decoding = self.context.lanes.run(DECODE, str(action), self._decode, message, cut)
         self._tasks.create_task(self._arrive(action, decoding))

@@ -1,24 +1,32 @@
 """The edge's end of a link, with a connection that does what a test wants."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from common.errors import TrainingStopped
+from common.schedule import Action, edge_schedule
 from common.trace import Tracer
 from edge.link import Link
+from edge.passes import Pass
 from wire.errors import ConnectionLost
+from wire.messages import Forward, Message
 
 
 class Connection:
-    """Takes everything, answers nothing, and breaks when told to."""
+    """Takes everything, answers what it is told to, and breaks when told to."""
 
     def __init__(self) -> None:
         self.broken = asyncio.Event()
+        self.answers: asyncio.Queue[Message] = asyncio.Queue()
 
     async def receive(self) -> Any:
-        await self.broken.wait()
+        answer, broken = asyncio.create_task(self.answers.get()), asyncio.create_task(self.broken.wait())
+        await asyncio.wait((answer, broken), return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
         raise ConnectionLost("broken")
 
     async def send(self, message: Any) -> None:
@@ -59,3 +67,31 @@ def test_link_that_breaks_while_a_step_fails_is_noticed() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(in_time())
     assert caught.group_contains(ConnectionLost, match="broken")
+
+
+class Stuck(Pass):
+    """A pass whose first action never ends."""
+
+    async def _perform(self, action: Action) -> None:
+        await asyncio.Event().wait()
+
+
+def test_what_still_comes_for_a_cancelled_step_is_dropped() -> None:
+    # A second Ctrl-C ended in an error, once: until the link was closed, the server went on answering.
+    async def train() -> None:
+        connection = Connection()
+        async with asyncio.TaskGroup() as tasks:
+            link = Link(connection, Tracer("edge", enabled=False), tasks)  # type: ignore[arg-type]
+            link.start_receiving()
+            context: Any = SimpleNamespace(link=link, encoders={}, decoders={})
+            step = asyncio.create_task(Stuck(context, 1).run(edge_schedule(2, 2)))
+            await asyncio.sleep(0)
+            step.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await step
+            connection.answers.put_nowait(Forward(step=1, chunk=0, evaluate=False, names=(), tensors=()))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            link.stop_receiving()
+
+    asyncio.run(train())
