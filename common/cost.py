@@ -103,6 +103,10 @@ class Link:
         if not (self.up_bit_s > 0 and self.down_bit_s > 0 and 0 <= self.delay_s < math.inf):
             raise ValueError(f"a link has rates above 0 and a delay of 0 or more: {self}")
 
+    def scaled(self, share: float) -> Link:
+        """Return a link of the same delay with this share of the rates."""
+        return replace(self, up_bit_s=self.up_bit_s * share, down_bit_s=self.down_bit_s * share)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepModel:

@@ -1,8 +1,8 @@
 """Dry-runs the schedule against a cost model: how long a step takes, who waits, whether it ends at all.
 
 It drives the very generators that training runs on (`common.schedule`). Messages wait before the encoder,
-the link and the decoder, gradients before activations but on the way down. On the link, what crosses cut 1
-makes room, even on its way, for what crosses cut 2 (`wire.outbox`).
+the link and the decoder, gradients before activations. On the link they go, and make room on their way, as
+`wire.outbox` says: down, activations first; up, in the order of their chunks with a lead for activations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from common.cost import LANES, StepModel, Work
 from common.schedule import Action, Schedule, Wait, cloud_schedule, edge_schedule
 from common.timeline import Span, Timeline
 
-__all__ = ["DeadlockError", "best_depth", "simulate"]
+__all__ = ["DeadlockError", "simulate"]
 
 
 class DeadlockError(RuntimeError):
@@ -27,6 +27,7 @@ def simulate(
     model: StepModel,
     depth: int,
     *,
+    lead: int = 0,
     evaluate: bool = False,
     edge: Schedule | None = None,
     cloud: Schedule | None = None,
@@ -36,6 +37,7 @@ def simulate(
     Args:
         model: what everything costs.
         depth: the most chunks in flight.
+        lead: by how many chunks activations may be ahead of gradients on the link up.
         evaluate: forward only.
         edge: a schedule to try in place of `edge_schedule`.
         cloud: a schedule to try in place of `cloud_schedule`.
@@ -46,18 +48,7 @@ def simulate(
     chunks = len(model.chunks)
     edge = edge or edge_schedule(chunks, depth, evaluate=evaluate)
     cloud = cloud or cloud_schedule(chunks, evaluate=evaluate)
-    return _Step(model, model.work(evaluate=evaluate), edge, cloud).run()
-
-
-def best_depth(model: StepModel, *, tolerance: float = 0.02, evaluate: bool = False) -> int:
-    """Return the smallest depth whose simulated step takes at most 1 + tolerance times the best depth's.
-
-    Smaller is better beyond that: each chunk in flight holds its activations on both sides.
-    """
-    depths = range(1, len(model.chunks) + 1)
-    seconds = [simulate(model, depth, evaluate=evaluate).makespan_s for depth in depths]
-    enough_s = min(seconds) * (1 + tolerance)
-    return next(depth for depth, step_s in zip(depths, seconds, strict=True) if step_s <= enough_s)
+    return _Step(model, model.work(evaluate=evaluate), edge, cloud, lead).run()
 
 
 class _Side:
@@ -102,13 +93,16 @@ class _Running(NamedTuple):
 class _Step:
     """One simulation: what is under way on each lane, what waits for it, what is on its way."""
 
-    def __init__(self, model: StepModel, work: list[list[Work]], edge: Schedule, cloud: Schedule) -> None:
+    def __init__(
+        self, model: StepModel, work: list[list[Work]], edge: Schedule, cloud: Schedule, lead: int
+    ) -> None:
         self._model = model
+        self._lead = lead
         self._work = work
         self._resource = {lane: model.resource(lane) for lane in LANES}
         self._compute = {piece.action: piece for chain in work for piece in chain if piece.lane in _COMPUTE}
         self._sides = dict(zip(_COMPUTE, (_Side(edge), _Side(cloud)), strict=True))
-        self._queues: dict[str, list[tuple[bool, int, Work, float]]] = {
+        self._queues: dict[str, list[tuple[int, bool, int, int, Work, float]]] = {
             lane: [] for lane in LANES if lane not in _COMPUTE
         }
         self._travelling: list[tuple[float, int, int, Work]] = []
@@ -151,14 +145,14 @@ class _Step:
                 *_, piece, left_s = heapq.heappop(queue)
                 self._start(piece, left_s)
 
-    def _interrupt(self, lane: str, queue: list[tuple[bool, int, Work, float]]) -> None:
+    def _interrupt(self, lane: str, queue: list[tuple[int, bool, int, int, Work, float]]) -> None:
         """Put a message back that is on its way while a more urgent one waits."""
         run = self._running.get(lane)
-        if run is not None and run.left_s > 0 and queue[0][0] < (not _is_urgent(run.piece)):
+        if run is not None and run.left_s > 0 and queue[0][0] < self._rank(run.piece):
             del self._running[lane]
             if self._now_s > run.start_s:
                 self._spans.append(Span(lane, run.piece.action, run.start_s, self._now_s))
-            self._queue(run.piece, run.left_s)
+            self._queue(run.piece, run.left_s, begun=True)
 
     def _more_happens_now(self) -> bool:
         # What costs nothing is done before a side decides what to compute next, or it would decide too early.
@@ -211,14 +205,16 @@ class _Step:
         else:
             self._queue(piece, piece.seconds)
 
-    def _queue(self, piece: Work, left_s: float) -> None:
-        entry = (not _is_urgent(piece), piece.action.chunk, piece, left_s)
+    def _queue(self, piece: Work, left_s: float, *, begun: bool = False) -> None:
+        chunk, is_forward = piece.action.chunk, not piece.action.backward
+        entry = (self._rank(piece), not begun, int(is_forward), chunk, piece, left_s)
         heapq.heappush(self._queues[piece.lane], entry)
 
-
-def _is_urgent(piece: Work) -> bool:
-    """Whether a message goes before others on its lane: on the link, if it crosses cut 2."""
-    return piece.action.backward is (piece.lane != "down")
+    def _rank(self, piece: Work) -> int:
+        """What has a lower rank goes first, and on a link interrupts what is on its way."""
+        if piece.lane == "up":
+            return piece.action.chunk - (0 if piece.action.backward else self._lead)
+        return int(piece.action.backward is (piece.lane == "down"))
 
 
 _LINKS: Final = ("up", "down")

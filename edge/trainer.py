@@ -16,13 +16,13 @@ from edge.busy import BusyTimes
 from edge.config import TrainConfig, parse_address
 from edge.context import Context, build_context
 from edge.data.loader import Batch, train_batches
-from edge.depth import DepthTuner, measured_model
 from edge.evaluation import evaluate
 from edge.job import Job, describe, prepare
 from edge.link import Link, open_link
 from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
 from edge.result import TrainResult, fetch_state, save_state, write_trace
+from edge.tuner import Tuner, measured_model
 from wire.errors import ConnectionLost, RemoteProtocolError
 from wire.messages import Committed
 from wire.transport import run
@@ -120,7 +120,7 @@ class Trainer:
             self._context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16"
         )
         self._channels_last = ready.memory_format == "channels_last"
-        self._depth = DepthTuner(config.chunks, config.depth)
+        self._tuner = Tuner(config.chunks, config.depth)
         self._progress.note(describe(job, ready))
 
     async def _train_until_stopped(self) -> TrainingStopped | UserError | None:
@@ -175,9 +175,9 @@ class Trainer:
             batch.inputs[0],
             batch.labels,
             chunks=config.chunks,
-            depth=self._depth.depth,
+            depth=self._tuner.plan.depth,
         )
-        await self._tune_depth()
+        await self._tune()
         if not applied:
             self._progress.note(
                 f"step {step}: fp16 overflowed; the step was thrown away and the loss scale halved"
@@ -200,24 +200,24 @@ class Trainer:
         self._progress.step(report)
         self._report(report)
 
-    async def _tune_depth(self) -> None:
-        """Choose how many chunks to keep in flight, once enough has been seen."""
-        tuner, link = self._depth, self._link
+    async def _tune(self) -> None:
+        """Choose how to order a step, once enough has been seen."""
+        tuner, link = self._tuner, self._link
         tuner.stepped()
         edge, sizes = self._lanes.take_means(), link.sent.take_sizes()
         if tuner.wants_measurements:
             await link.confirmed()
-            tuner.choose(
-                measured_model(
-                    chunks=self._config.chunks,
-                    edge=edge,
-                    cloud=self._busy.cloud_detail,
-                    sizes=sizes,
-                    up_bit_s=link.sent.rate_bit_s,
-                    rtt_s=link.connection.rtt_s or 0.0,
-                    shared_cores=link.is_local,
-                )
+            model = measured_model(
+                chunks=self._config.chunks,
+                edge=edge,
+                cloud=self._busy.cloud_detail,
+                sizes=sizes,
+                up_bit_s=link.sent.rate_bit_s,
+                rtt_s=link.connection.rtt_s or 0.0,
+                shared_cores=link.is_local,
             )
+            plan = await asyncio.to_thread(tuner.choose, model)
+            link.connection.lead(plan.lead)
 
     async def _evaluate(self, step: int) -> None:
         score = await evaluate(

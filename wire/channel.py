@@ -16,8 +16,8 @@ from collections.abc import Callable
 from wire.config import WireConfig
 from wire.errors import ConnectionLost, LocalProtocolError, WireError
 from wire.loop import Stream, Timer, Waiter, wake
-from wire.messages import Bye, Error, Message
-from wire.outbox import SendReceipt
+from wire.messages import Backward, Bye, Error, Forward, Message
+from wire.outbox import ENDLESS, SendReceipt
 from wire.protocol import Protocol, Role
 from wire.sender import Sender
 from wire.sockets import explain_loss
@@ -61,7 +61,7 @@ class Channel:
         self._new_waiter = new_waiter
         self._call_later = call_later
         self._stream: Stream
-        self._sender = Sender(forward_first=role is Role.SERVER)
+        self._sender = Sender(lead=ENDLESS if role is Role.SERVER else 0)
         self._sent_bytes = 0  # once the stream has ended
         self._receiver: Waiter | None = None
         self._senders: deque[Waiter] = deque()
@@ -85,11 +85,16 @@ class Channel:
         """Too many messages wait to be sent."""
         return self._sender.waiting >= self._config.send_queue and self.failure is None
 
+    def lead(self, chunks: int) -> None:
+        """Let activations that are sent from now on be ahead of gradients by so many chunks, see `wire.outbox`."""
+        self._sender.lead(chunks)
+
     def queue(self, message: Message) -> SendReceipt:
         """Queue a message to be sent, and send it if it can be."""
         buffers, size = self.protocol.send(message)
         receipt = SendReceipt(buffers, size, self._new_waiter)
-        self._sender.push(message.kind, receipt)
+        chunk = message.chunk if isinstance(message, Forward | Backward) else 0
+        self._sender.push(message.kind, receipt, chunk)
         self._pumped()
         return receipt
 

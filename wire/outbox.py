@@ -1,9 +1,11 @@
 """What waits to be sent, the most urgent first.
 
 Heartbeats, errors and aborts go before everything else. The messages that order the others (open, begin,
-commit and the like) keep their place: nothing passes them in either direction. Between two of those, what
-crosses cut 2 goes before what crosses cut 1, because more of the step still hangs on it: from the client
-backward frames before forward frames, from the server forward frames before backward frames. Weights go last.
+commit and the like) keep their place: nothing passes them in either direction. Between two of those, activations and
+gradients go in the order of their chunks, in which activations have a lead of some chunks. From the server the lead is
+without end: activations go first. From the client it is small, and chosen by `common.simulator`: none, and gradients
+go first; one, and an activation that is on its way is not interrupted for the gradient of the chunk before. Weights
+go last.
 
 A large frame is sent in pieces. What is more urgent goes between two of them.
 """
@@ -21,11 +23,15 @@ from wire.frames import PRELUDE_SIZE, encode_piece_head, split_frame_head
 from wire.loop import Waiter, wake
 from wire.messages import Buffer
 
-__all__ = ["Outbox", "SendReceipt"]
+__all__ = ["ENDLESS", "Outbox", "SendReceipt"]
 
 _URGENT = frozenset({"ping", "pong", "error", "abort"})
-_RANKS = {"backward": 1, "forward": 2, "weights": 3}
-_FORWARD_FIRST = {"forward": 1, "backward": 2, "weights": 3}
+# What goes in pieces, and the number of its frame: at most one of each kind is on its way, the oldest.
+_NUMBERS = {"backward": 1, "forward": 2, "weights": 3}
+_LAST = 1 << 62  # after every chunk
+
+ENDLESS = 1 << 32
+"""A lead with which activations go before all gradients."""
 
 
 class SendReceipt:
@@ -78,19 +84,19 @@ class SendReceipt:
 class Outbox:
     """A priority queue of frames; the caller bounds it.
 
-    Args:
-        forward_first: activations go before gradients.
-
     Attributes:
+        lead: by how many chunks activations may be ahead of gradients; for what is pushed from now on.
         urgent: how many urgent messages wait.
     """
 
-    def __init__(self, *, forward_first: bool = False) -> None:
-        # Compared by era (the ordering messages so far; -1 for what is urgent), then rank, then age.
-        self._heap: list[tuple[int, int, int, SendReceipt]] = []
-        self._ranks = _FORWARD_FIRST if forward_first else _RANKS
-        self._numbers = count()
+    def __init__(self, *, lead: int = 0) -> None:
+        self.lead = lead
+        # Compared by era (the ordering messages so far; -1 for what is urgent), rank, whether it is on its way, number
+        # of its kind, age.
+        self._heap: list[tuple[int, int, bool, int, int, SendReceipt]] = []
+        self._ages = count()
         self._era = 0
+        self._ranks: dict[str, int] = {}  # of the last of each kind in this era
         self.urgent = 0
 
     def __len__(self) -> int:
@@ -101,18 +107,21 @@ class Outbox:
         """How many messages wait that are not urgent."""
         return len(self._heap) - self.urgent
 
-    def push(self, kind: str, receipt: SendReceipt) -> None:
-        """Add the frame of a message of this kind."""
-        rank = self._ranks.get(kind)
-        if rank is not None:
-            era = self._era
+    def push(self, kind: str, receipt: SendReceipt, chunk: int = 0) -> None:
+        """Add the frame of a message of this kind, of this chunk."""
+        number, rank, era = _NUMBERS.get(kind, 0), 0, self._era
+        if number:
+            rank = {"backward": chunk, "forward": chunk - self.lead}.get(kind, _LAST)
+            # Also where the lead has changed: none of a kind overtakes another, which may be on its way in pieces.
+            rank = self._ranks[kind] = max(rank, self._ranks.get(kind, rank))
         elif kind in _URGENT:
-            era, rank = -1, 0
+            era = -1
             self.urgent += 1
         else:
-            era, rank = self._era + 1, 0
+            era += 1
             self._era += 2
-        heapq.heappush(self._heap, (era, rank, next(self._numbers), receipt))
+            self._ranks = {}
+        heapq.heappush(self._heap, (era, rank, True, number, next(self._ages), receipt))
 
     def take(self, piece_bytes: int) -> tuple[list[Buffer], SendReceipt, bool]:
         """Take what is to be sent next, IndexError where nothing waits.
@@ -124,22 +133,21 @@ class Outbox:
         Returns:
             What to send, the receipt of the frame that it belongs to, and whether that is now sent to its end.
         """
-        era, rank, number, receipt = heapq.heappop(self._heap)
+        era, rank, _, number, age, receipt = heapq.heappop(self._heap)
         if era < 0:
             self.urgent -= 1
-        if rank == 0 or not (receipt.in_pieces or _payload(receipt) > piece_bytes * 3 // 2):
+        if number == 0 or not (receipt.in_pieces or _payload(receipt) > piece_bytes * 3 // 2):
             return receipt.buffers, receipt, True
-        # The rank also numbers the pieces' frame: of each rank at most one is on its way, the oldest.
         buffers: list[Buffer] = []
         if not receipt.in_pieces:
             head, *receipt.buffers = receipt.buffers
-            buffers.append(split_frame_head(bytes(head), rank))
+            buffers.append(split_frame_head(bytes(head), number))
             receipt.in_pieces = True
         piece = _cut(receipt, piece_bytes)
-        buffers += [encode_piece_head(rank, sum(map(len, piece))), *piece]
+        buffers += [encode_piece_head(number, sum(map(len, piece))), *piece]
         receipt.size += PRELUDE_SIZE
         if receipt.buffers:
-            heapq.heappush(self._heap, (era, rank, number, receipt))
+            heapq.heappush(self._heap, (era, rank, False, number, age, receipt))
         return buffers, receipt, not receipt.buffers
 
     def drain(self) -> Iterator[SendReceipt]:

@@ -24,17 +24,17 @@ class Sender:
     """The sending half of a channel.
 
     Args:
-        forward_first: activations are more urgent than gradients here, not less.
+        lead: by how many chunks activations may be ahead of gradients, see `wire.outbox`.
 
     Attributes:
         paused: the stream buffers some of what it was given.
         pace: how fast the kernel takes it.
     """
 
-    def __init__(self, *, forward_first: bool) -> None:
+    def __init__(self, *, lead: int) -> None:
         self.paused = False
         self.pace = Pace()
-        self._outbox = Outbox(forward_first=forward_first)
+        self._outbox = Outbox(lead=lead)
         self._stream: Stream
         self._slices: deque[memoryview] | None = None  # where the stream is to be given slices: those left
         self._sending: SendReceipt | None = None  # what the stream has in part
@@ -67,9 +67,13 @@ class Sender:
         """Bytes that the kernel took."""
         return self._written - self._stream.get_write_buffer_size()
 
-    def push(self, kind: str, receipt: SendReceipt) -> None:
+    def lead(self, chunks: int) -> None:
+        """Change the lead, for what is pushed from now on."""
+        self._outbox.lead = chunks
+
+    def push(self, kind: str, receipt: SendReceipt, chunk: int) -> None:
         """Let a frame wait, and send it if it can be."""
-        self._outbox.push(kind, receipt)
+        self._outbox.push(kind, receipt, chunk)
         if not self.paused:
             self.pump()
 

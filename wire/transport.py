@@ -80,6 +80,10 @@ class Connection(asyncio.BufferedProtocol):
         """The peer's `time.monotonic_ns` minus ours."""
         return self._channel.protocol.clock.offset_ns
 
+    def lead(self, chunks: int) -> None:
+        """Let activations that are sent from now on be ahead of gradients by so many chunks, see `wire.outbox`."""
+        self._channel.lead(chunks)
+
     async def send(self, message: Message) -> SendReceipt:
         """Queue a message and wait until the queue has room for another.
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from common.cost import ChunkCost, Link, Message, StepModel
 from common.floor import floor
 from common.schedule import WAIT, Action, Schedule, cloud_schedule
-from common.simulator import DeadlockError, best_depth, simulate
+from common.simulator import DeadlockError, simulate
 
 SECONDS = st.floats(0, 10) | st.just(0.0)
 BYTES = st.integers(0, 10_000_000)
@@ -45,11 +45,11 @@ FAST = Link(up_bit_s=1e12, down_bit_s=1e12)
 
 
 @settings(deadline=None)
-@given(model=MODELS, depth=st.integers(1, 8), evaluate=st.booleans())
+@given(model=MODELS, depth=st.integers(1, 8), lead=st.integers(0, 9), evaluate=st.booleans())
 def test_no_schedule_deadlocks_or_beats_the_floor_or_exceeds_its_depth(
-    model: StepModel, depth: int, evaluate: bool
+    model: StepModel, depth: int, lead: int, evaluate: bool
 ) -> None:
-    timeline = simulate(model, depth, evaluate=evaluate)
+    timeline = simulate(model, depth, lead=lead, evaluate=evaluate)
     assert timeline.max_in_flight <= depth
     least = floor(model, evaluate=evaluate)
     assert least.total_s <= timeline.makespan_s * (1 + 1e-9) + 1e-9
@@ -147,26 +147,22 @@ def test_gradients_overtake_activations_on_the_link() -> None:
     assert [str(span.action) for span in sent][:3] == ["0F0", "0F1", "2T0"]
 
 
-def test_with_a_long_delay_depth_two_leaves_the_line_idle_and_best_depth_picks_more() -> None:
-    model = StepModel.even(UNIT, 16, Link(up_bit_s=1e12, down_bit_s=1e12, delay_s=5))
-    shallow, chosen = simulate(model, 2), best_depth(model)
-    assert chosen > 2
-    assert simulate(model, chosen).makespan_s < 0.4 * shallow.makespan_s
-    assert simulate(model, chosen).idle_s("edge compute") < 0.2 * shallow.idle_s("edge compute")
-
-
-def test_without_delay_best_depth_is_small() -> None:
-    cost = ChunkCost(seconds={"0F": 0.1, "1F": 1, "2T": 0.1, "1B": 2, "0B": 0.1}, messages={})
-    assert best_depth(StepModel.even(cost, 16, FAST)) == 2
-
-
-@settings(deadline=None, max_examples=30)
-@given(model=MODELS)
-def test_best_depth_is_the_smallest_within_tolerance(model: StepModel) -> None:
-    seconds = [simulate(model, depth).makespan_s for depth in range(1, len(model.chunks) + 1)]
-    depth = best_depth(model, tolerance=0.1)
-    assert seconds[depth - 1] <= min(seconds) * 1.1
-    assert all(shallower > min(seconds) * 1.1 for shallower in seconds[: depth - 1])
+def test_activations_have_the_lead_on_the_link_up() -> None:
+    cost = ChunkCost(
+        seconds={"0F": 0.1, "1F": 0.1, "2T": 0.1, "1B": 0.1, "0B": 0.1},
+        messages={"0F": Message(size_bytes=1000), "2T": Message(size_bytes=10)},
+    )
+    model = StepModel.even(cost, 4, Link(up_bit_s=8000, down_bit_s=1e12))
+    whole = {
+        0: "0F0 0F1 2T0 0F1",
+        1: "0F0 0F1 2T0 0F2",
+        2: "0F0 0F1 2T0 0F2",
+        3: "0F0 0F1 0F2 2T0",
+        9: "0F0 0F1 0F2 0F3",
+    }
+    for lead, order in whole.items():
+        sent = simulate(model, 4, lead=lead).lane("up")
+        assert " ".join(str(span.action) for span in sent[:4]) == order
 
 
 def waiting_for_ever() -> Schedule:

@@ -11,7 +11,7 @@ from tests.wire.pair import ROOMY, read_frames
 from wire.errors import ConnectionLost
 from wire.frames import FrameReader, encode_frame_head
 from wire.messages import MESSAGE_TYPES
-from wire.outbox import Outbox, SendReceipt
+from wire.outbox import ENDLESS, Outbox, SendReceipt
 
 URGENT = ["ping", "pong", "error", "abort"]
 MOVABLE = ["backward", "forward", "weights"]
@@ -22,9 +22,9 @@ def receipt(data: bytes = b"") -> SendReceipt:
     return SendReceipt([data], len(data), asyncio.Future)
 
 
-def order(*kinds: str, forward_first: bool = False) -> list[str]:
-    """The order in which messages of these kinds leave, numbered as they came."""
-    outbox = Outbox(forward_first=forward_first)
+def order(*kinds: str, lead: int = 0) -> list[str]:
+    """The order in which messages of these kinds leave, numbered as they came; all are of one chunk."""
+    outbox = Outbox(lead=lead)
     named = {}
     for number, kind in enumerate(kinds):
         one = receipt()
@@ -50,7 +50,7 @@ def test_backward_goes_before_forward_and_weights_go_last() -> None:
 
 def test_forward_goes_before_backward_where_activations_are_more_urgent() -> None:
     kinds = ("weights", "backward", "forward", "backward")
-    assert order(*kinds, forward_first=True) == ["forward 2", "backward 1", "backward 3", "weights 0"]
+    assert order(*kinds, lead=ENDLESS) == ["forward 2", "backward 1", "backward 3", "weights 0"]
 
 
 def large(*sizes: int) -> SendReceipt:
@@ -58,12 +58,63 @@ def large(*sizes: int) -> SendReceipt:
     return SendReceipt(buffers, sum(map(len, buffers)), asyncio.Future)
 
 
+@pytest.mark.parametrize(
+    ("lead", "order"),
+    [
+        (0, "B0 B1 F1 F2 F3"),
+        (1, "B0 F1 B1 F2 F3"),
+        (2, "F1 B0 F2 B1 F3"),
+        (ENDLESS, "F1 F2 F3 B0 B1"),
+    ],
+)
+def test_activations_are_ahead_of_gradients_by_the_lead(lead: int, order: str) -> None:
+    outbox = Outbox(lead=lead)
+    named = {}
+    for name in ("F1", "F2", "F3", "B0", "B1"):
+        one = receipt()
+        named[id(one)] = name, one
+        outbox.push({"F": "forward", "B": "backward"}[name[0]], one, int(name[1]))
+    assert " ".join(named[id(outbox.take(1)[1])][0] for _ in range(5)) == order
+
+
+@pytest.mark.parametrize(("lead", "interrupted"), [(0, True), (1, False), (2, False)])
+def test_activation_on_its_way_is_interrupted_only_for_a_gradient_that_is_before_it(
+    lead: int, interrupted: bool
+) -> None:
+    outbox = Outbox(lead=lead)
+    activation, gradient = large(300), large(100)
+    outbox.push("forward", activation, 5)
+    assert outbox.take(100)[1] is activation
+    outbox.push("backward", gradient, 4)
+    assert (outbox.take(100)[1] is gradient) is interrupted
+
+
+PUSHES = st.tuples(st.sampled_from(["forward", "backward"]), st.integers(1, 400), st.integers(0, 6))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(PUSHES | st.none(), max_size=30))
+def test_whatever_the_lead_the_peer_puts_every_frame_together_again(
+    events: list[tuple[str, int, int] | None],
+) -> None:
+    outbox, pushed, sent = Outbox(), {"forward": 0, "backward": 0}, b""
+    for event in [*events, *[None] * 5 * len(events)]:  # None takes a piece, of which a frame has at most 4
+        if event is not None:
+            kind, size, outbox.lead = event
+            outbox.push(kind, large(size), pushed[kind])
+            pushed[kind] += 1
+        elif outbox:
+            sent += b"".join(map(bytes, outbox.take(100)[0]))
+    assert not outbox
+    assert len(read_frames(FrameReader(ROOMY), sent)) == sum(pushed.values())
+
+
 def test_large_frame_leaves_in_pieces_and_lets_others_between() -> None:
     outbox = Outbox()
     gradient, activation = large(50, 50), large(300)
-    outbox.push("forward", activation)
+    outbox.push("forward", activation, 1)
     assert outbox.take(100)[1:] == (activation, False)
-    outbox.push("backward", gradient)
+    outbox.push("backward", gradient, 0)
     assert outbox.take(100)[1:] == (gradient, True)
     assert outbox.take(100)[1:] == (activation, False)
     assert outbox.take(100)[1:] == (activation, True)

@@ -1,4 +1,4 @@
-"""How many chunks to keep in flight, chosen from what the first steps took.
+"""How many chunks to keep in flight, and what goes first on the link, chosen from what the first steps took.
 
 Too few leave the link idle while chunks travel; each one more holds its activations in memory on both sides.
 The schedule's simulator says, from measured costs, how few are enough. The choice changes no result.
@@ -11,7 +11,7 @@ from typing import Any
 from common.cost import ChunkCost, Message, StepModel
 from common.cost import Link as LinkCost
 from common.lanes import COMPUTE, DECODE, ENCODE
-from common.simulator import best_depth
+from common.plan import Plan, best_plan
 from edge.busy import number
 
 WARM_UP_STEPS = 2
@@ -20,6 +20,9 @@ WARM_UP_STEPS = 2
 FIRST_DEPTH = 4
 """Chunks in flight until then."""
 
+QUEUE_S = 0.05
+"""How long what is sent waits behind what is already on a link that is always busy."""
+
 Means = Mapping[str, Mapping[str, float]]
 """Mean seconds by lane (`compute`, `encode`, `decode`) and kind of action."""
 
@@ -27,19 +30,22 @@ Means = Mapping[str, Mapping[str, float]]
 _ANSWERS = {"0F": "1F", "1F": "2T", "2T": "1B", "1B": "0B"}
 
 
-class DepthTuner:
-    """Chooses the depth of each step.
+class Tuner:
+    """Chooses the plan of each step.
 
     Args:
         chunks: chunks a step.
-        fixed: the depth to use instead of choosing, or None.
+        depth: the depth to use instead of choosing one, or None.
+
+    Attributes:
+        plan: what to do now.
     """
 
-    def __init__(self, chunks: int, fixed: int | None) -> None:
-        self._chunks = chunks
+    def __init__(self, chunks: int, depth: int | None) -> None:
+        self._depth = depth if depth is None else min(chunks, depth)
         self._steps = 0
-        self._chosen = fixed is not None
-        self.depth = min(chunks, FIRST_DEPTH if fixed is None else fixed)
+        self._chosen = False
+        self.plan = Plan(min(chunks, FIRST_DEPTH) if self._depth is None else self._depth)
 
     @property
     def wants_measurements(self) -> bool:
@@ -50,11 +56,11 @@ class DepthTuner:
         """A step was made."""
         self._steps += 1
 
-    def choose(self, model: StepModel) -> int:
-        """Choose, once; returns the depth."""
+    def choose(self, model: StepModel) -> Plan:
+        """Choose, once; takes up to a second."""
         self._chosen = True
-        self.depth = best_depth(model)
-        return self.depth
+        self.plan = best_plan(model, depth=self._depth)
+        return self.plan
 
 
 def measured_model(
@@ -94,6 +100,7 @@ def measured_model(
         )
 
     cloud_means = cloud.get("mean_s")
+    up_bit_s, down_bit_s = _rate(up_bit_s), _rate(number(cloud.get("rate_bit_s")))
     cost = ChunkCost(
         seconds={
             **{kind: seconds(edge, COMPUTE, kind) for kind in ("0F", "2T", "0B")},
@@ -101,11 +108,18 @@ def measured_model(
         },
         messages={kind: message(kind) for kind in _ANSWERS},
     )
-    link = LinkCost(
-        up_bit_s=_rate(up_bit_s),
-        down_bit_s=_rate(number(cloud.get("rate_bit_s"))),
-        delay_s=max(rtt_s, 0.0) / 2,
+    up_s, down_s = (
+        sum(cost.messages[kind].size_bytes for kind in kinds) * 8 / rate_bit_s
+        for kinds, rate_bit_s in ((("0F", "2T"), up_bit_s), (("1F", "1B"), down_bit_s))
     )
+    # A busy link delays by what it holds in queues besides: those of the kernel and of the network.
+    edge_s, cloud_s = (
+        sum(cost.seconds[kind] for kind in kinds) for kinds in (("0F", "2T", "0B"), ("1F", "1B"))
+    )
+    link_s = max(up_s, down_s)
+    share = link_s / max(link_s, edge_s, cloud_s, 1e-9)
+    delay_s = max(rtt_s, 0.0) / 2 + QUEUE_S * share
+    link = LinkCost(up_bit_s=up_bit_s, down_bit_s=down_bit_s, delay_s=delay_s)
     return StepModel.even(cost, chunks, link, shared_cores=shared_cores)
 
 

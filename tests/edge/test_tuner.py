@@ -1,4 +1,4 @@
-"""The depth is chosen once, from what was measured, and from nothing that a peer makes up."""
+"""Depth and lead are chosen once, from what was measured, and from nothing that a peer makes up."""
 
 import math
 
@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from common.cost import ChunkCost, Link, StepModel
 from common.lanes import COMPUTE, DECODE, ENCODE
-from common.simulator import best_depth, simulate
-from edge.depth import FIRST_DEPTH, WARM_UP_STEPS, DepthTuner, measured_model
+from common.plan import Plan, best_plan
+from common.simulator import simulate
+from edge.tuner import FIRST_DEPTH, QUEUE_S, WARM_UP_STEPS, Tuner, measured_model
 
 EDGE = {
     COMPUTE: {"0F": 1.0, "2T": 3.0, "0B": 5.0, "be": 9.0, "co": 9.0},
@@ -50,7 +51,7 @@ def test_every_measurement_finds_its_place():
     # 1000 and 3001 bytes up at 1 Mbit/s, 2000 and 4000 down at 2 Mbit/s, a quarter of a second each way.
     assert [piece.seconds for piece in chain if piece.lane == "up"] == pytest.approx([0.008, 0.024008])
     assert [piece.seconds for piece in chain if piece.lane == "down"] == pytest.approx([0.008, 0.016])
-    assert {piece.delay_s for piece in chain if piece.lane in ("up", "down")} == {0.25}
+    assert {piece.delay_s for piece in chain if piece.lane in ("up", "down")} == {measured().link.delay_s}
 
 
 def test_chunks_and_shared_cores_are_taken_over():
@@ -67,7 +68,14 @@ def test_a_rate_that_was_not_measured_bounds_nothing(rate):
 
 
 def test_a_round_trip_that_clocks_make_negative_is_none():
-    assert measured(rtt_s=-0.1).link.delay_s == 0
+    assert measured(rtt_s=-0.1).link.delay_s == measured(rtt_s=0.0).link.delay_s
+
+
+def test_a_link_delays_by_its_queues_as_far_as_it_is_busy():
+    assert measured(rtt_s=0.0, up_bit_s=1e3).link.delay_s == QUEUE_S
+    # 0.033 s up and 0.024 s down of the edge's 9 s
+    assert measured(rtt_s=0.0).link.delay_s == pytest.approx(QUEUE_S * 0.032008 / 9)
+    assert measured(rtt_s=0.5).link.delay_s == pytest.approx(0.25 + QUEUE_S * 0.032008 / 9)
 
 
 PLAIN = st.recursive(
@@ -96,7 +104,7 @@ def slow_link(chunks=16):
 
 
 def test_the_step_after_the_warm_up_is_measured_and_only_it():
-    tuner = DepthTuner(16, None)
+    tuner = Tuner(16, None)
     wanted = []
     for _ in range(WARM_UP_STEPS + 3):
         tuner.stepped()
@@ -105,25 +113,23 @@ def test_the_step_after_the_warm_up_is_measured_and_only_it():
 
 
 def test_a_choice_is_the_simulator_s_and_final():
-    tuner = DepthTuner(16, None)
-    assert tuner.depth == FIRST_DEPTH
+    tuner = Tuner(16, None)
+    assert tuner.plan == Plan(FIRST_DEPTH)
     for _ in range(WARM_UP_STEPS):
         tuner.stepped()
-    assert tuner.choose(slow_link()) == tuner.depth == best_depth(slow_link())
-    assert tuner.depth > FIRST_DEPTH
+    assert tuner.choose(slow_link()) == tuner.plan == best_plan(slow_link())
+    assert tuner.plan.depth > FIRST_DEPTH
     assert not tuner.wants_measurements
 
 
 @pytest.mark.parametrize("fixed", [1, 3, 8])
 def test_a_depth_that_the_user_gave_stays(fixed):
-    tuner = DepthTuner(8, fixed)
-    for _ in range(WARM_UP_STEPS + 2):
-        assert tuner.depth == fixed
-        assert not tuner.wants_measurements
-        tuner.stepped()
+    tuner = Tuner(8, fixed)
+    assert tuner.plan.depth == fixed
+    assert tuner.choose(slow_link(8)).depth == tuner.plan.depth == fixed
 
 
 @settings(deadline=None)
 @given(chunks=st.integers(1, 20), fixed=st.none() | st.integers(1, 40))
 def test_there_are_never_more_chunks_in_flight_than_there_are(chunks, fixed):
-    assert DepthTuner(chunks, fixed).depth == min(chunks, fixed or FIRST_DEPTH)
+    assert Tuner(chunks, fixed).plan.depth == min(chunks, fixed or FIRST_DEPTH)
