@@ -232,7 +232,7 @@ class Session:
         receipt = await (await self._connection.send(message))
         passing.answered(action)
         if receipt.start_ns is not None and receipt.end_ns is not None:
-            self._sent.add(str(action), receipt.size, receipt.busy_ns / 1e9)
+            self._sent.add(str(action), receipt.size, receipt.busy_ns / 1e9, self._connection.bytes_per_s)
             self._tracer.record("send", str(action), receipt.start_ns, receipt.end_ns, bytes=receipt.size)
 
     async def _commit(self, message: Commit) -> None:

@@ -82,7 +82,7 @@ class Link:
     async def _time(self, name: str, receipt: SendReceipt) -> None:
         await receipt
         if receipt.start_ns is not None and receipt.end_ns is not None:
-            self.sent.add(name, receipt.size, receipt.busy_ns / 1e9)
+            self.sent.add(name, receipt.size, receipt.busy_ns / 1e9, self.connection.bytes_per_s)
             self._tracer.record("send", name, receipt.start_ns, receipt.end_ns, bytes=receipt.size)
 
     async def commit(self, message: Commit) -> None:

@@ -6,6 +6,7 @@ The schedule's simulator says, from measured costs, how few are enough. The choi
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from common.cost import ChunkCost, Message, StepModel
@@ -14,11 +15,11 @@ from common.lanes import COMPUTE, DECODE, ENCODE
 from common.plan import Plan, best_plan
 from edge.busy import number
 
-WARM_UP_STEPS = 2
-"""Steps before the choice; the first one pays for what is made once, and the last one is measured."""
+MEASURED_STEPS = (2, 3, 4)
+"""Steps after which to choose; the first one pays for what is made once."""
 
 FIRST_DEPTH = 4
-"""Chunks in flight until then."""
+"""Chunks in flight until the first choice."""
 
 QUEUE_S = 0.05
 """How long what is sent waits behind what is already on a link that is always busy."""
@@ -44,21 +45,30 @@ class Tuner:
     def __init__(self, chunks: int, depth: int | None) -> None:
         self._depth = depth if depth is None else min(chunks, depth)
         self._steps = 0
-        self._chosen = False
+        self._quickest_s: dict[str, float] = {}
         self.plan = Plan(min(chunks, FIRST_DEPTH) if self._depth is None else self._depth)
 
     @property
     def wants_measurements(self) -> bool:
-        """Whether the step just made is the one to measure."""
-        return not self._chosen and self._steps == WARM_UP_STEPS
+        """Whether the step just made is one to measure."""
+        return self._steps in MEASURED_STEPS
 
     def stepped(self) -> None:
         """A step was made."""
         self._steps += 1
 
     def choose(self, model: StepModel) -> Plan:
-        """Choose, once; takes up to a second."""
-        self._chosen = True
+        """Choose anew, now that a step was measured; takes up to a second.
+
+        Of each kind of work the quickest measurement counts: whatever else runs on a machine only adds to it.
+
+        Args:
+            model: what that step cost, the same for every chunk.
+        """
+        for kind, seconds in model.chunks[0].seconds.items():
+            self._quickest_s[kind] = min(seconds, self._quickest_s.get(kind, seconds))
+        cost = replace(model.chunks[0], seconds=dict(self._quickest_s))
+        model = replace(model, chunks=(cost,) * len(model.chunks))
         self.plan = best_plan(model, depth=self._depth)
         return self.plan
 

@@ -18,6 +18,7 @@ from wire.errors import ConnectionLost, LocalProtocolError, WireError
 from wire.loop import Stream, Timer, Waiter, wake
 from wire.messages import Backward, Bye, Error, Forward, Message
 from wire.outbox import ENDLESS, SendReceipt
+from wire.pace import Ask
 from wire.protocol import Protocol, Role
 from wire.sender import Sender
 from wire.sockets import explain_loss
@@ -77,7 +78,7 @@ class Channel:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """How fast the kernel takes what is sent; None where that is not known yet."""
+        """How fast the link takes what is sent; None where that is not known yet."""
         return self._sender.pace.bytes_per_s
 
     @property
@@ -146,15 +147,16 @@ class Channel:
 
     # What happens to the stream.
 
-    def attach(self, stream: Stream, *, splits: bool) -> None:
+    def attach(self, stream: Stream, *, splits: bool, delivery: Ask = lambda: None) -> None:
         """Begin: the stream is connected.
 
         Args:
             stream: it has to call `pause_writing` as soon as it buffers anything.
             splits: give it frames in pieces, because it copies what it cannot send at once.
+            delivery: what of it has arrived, where that is known.
         """
         self._stream = stream
-        self._sender.attach(stream, splits=splits)
+        self._sender.attach(stream, splits=splits, delivery=delivery)
         self._after(self._config.handshake_s, self._handshake_expired)
         self._send_replies()
 

@@ -13,7 +13,7 @@ from wire.errors import WireError
 from wire.loop import Stream
 from wire.messages import Buffer
 from wire.outbox import Outbox, SendReceipt
-from wire.pace import Pace
+from wire.pace import Ask, Pace
 
 __all__ = ["Sender"]
 
@@ -28,12 +28,12 @@ class Sender:
 
     Attributes:
         paused: the stream buffers some of what it was given.
-        pace: how fast the kernel takes it.
+        pace: how fast the link takes it.
     """
 
     def __init__(self, *, lead: int) -> None:
         self.paused = False
-        self.pace = Pace()
+        self.pace = Pace(lambda: None)
         self._outbox = Outbox(lead=lead)
         self._stream: Stream
         self._slices: deque[memoryview] | None = None  # where the stream is to be given slices: those left
@@ -42,9 +42,10 @@ class Sender:
         self._is_last = False
         self._written = 0
 
-    def attach(self, stream: Stream, *, splits: bool) -> None:
+    def attach(self, stream: Stream, *, splits: bool, delivery: Ask) -> None:
         """Begin to send to a stream; see `Channel.attach`."""
         self._stream = stream
+        self.pace = Pace(delivery)
         self._slices = deque() if splits else None
 
     @property

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import struct
+import sys
 import time
 from collections.abc import Callable
 
 from wire.errors import ConnectionLost, ForeignProtocol, PeerError, WireError
 from wire.loop import Dialer
+from wire.pace import Delivery
 
 __all__ = [
     "LowWater",
     "Unsent",
+    "delivery",
     "dial",
     "explain",
     "explain_loss",
@@ -22,9 +26,12 @@ __all__ = [
     "tune",
 ]
 
-_UNSENT_BYTES = 1 << 20  # what may wait unsent in the kernel, where priorities no longer reach it
 _UNSENT_S = 0.02
-_LEAST_UNSENT, _MOST_UNSENT = 32 * 1024, 1 << 20
+_LEAST_UNSENT, _FIRST_UNSENT, _MOST_UNSENT = 32 * 1024, 64 * 1024, 1 << 20
+# Of struct tcp_info in linux/tcp.h: tcpi_unacked, tcpi_bytes_acked, tcpi_notsent_bytes and tcpi_min_rtt; the last of
+# them since Linux 4.6.
+_INFO = struct.Struct("=24xI92xQ16xII")
+_INFO_SIZE = 152
 _GATHERED_NS = 2_000_000
 _LEAST_GATHERED = 64 * 1024
 _MOST_GATHERED = 256 * 1024
@@ -48,7 +55,7 @@ class Unsent:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._set = 0
-        self._allow(_MOST_UNSENT)
+        self._allow(_FIRST_UNSENT)
 
     def adjust(self, bytes_per_s: float | None) -> None:
         """Choose anew for a pace, None for one that is not known yet."""
@@ -62,6 +69,20 @@ class Unsent:
         if option is not None:
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.IPPROTO_TCP, option, nbytes)
+
+
+def delivery(sock: socket.socket) -> Delivery | None:
+    """Return what the kernel knows of what it sends, None where the system does not tell."""
+    if sys.platform != "linux":
+        return None
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
+    except OSError:
+        return None
+    if len(told) < _INFO_SIZE:
+        return None
+    unacknowledged, acknowledged_bytes, unsent_bytes, rtt_us = _INFO.unpack_from(told)
+    return Delivery(acknowledged_bytes, not (unacknowledged or unsent_bytes), rtt_us * 1000)
 
 
 class LowWater:

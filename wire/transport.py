@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from wire.channel import Channel
@@ -19,7 +20,17 @@ from wire.errors import ConnectFailed, ConnectionLost, ForeignProtocol, WireErro
 from wire.messages import Bye, Error, Hello, Message, Welcome
 from wire.outbox import SendReceipt
 from wire.protocol import Role
-from wire.sockets import LowWater, Unsent, dial, explain, explain_refusal, speaks_http, spell_address, tune
+from wire.sockets import (
+    LowWater,
+    Unsent,
+    delivery,
+    dial,
+    explain,
+    explain_refusal,
+    speaks_http,
+    spell_address,
+    tune,
+)
 
 __all__ = ["Connection", "SendReceipt", "Server", "connect", "run", "serve"]
 
@@ -68,6 +79,11 @@ class Connection(asyncio.BufferedProtocol):
     def received_bytes(self) -> int:
         """Bytes taken from the kernel, headers and heartbeats included."""
         return self._channel.protocol.received_bytes
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """How fast the link takes what is sent; None before it was busy for a while."""
+        return self._channel.bytes_per_s
 
     @property
     def rtt_s(self) -> float | None:
@@ -154,7 +170,8 @@ class Connection(asyncio.BufferedProtocol):
         tune(sock)
         self._low_water, self._unsent = LowWater(sock), Unsent(sock)
         # uvloop's transports refer to what they cannot send at once; asyncio's copy it.
-        self._channel.attach(stream, splits=not type(stream).__module__.startswith("uvloop"))
+        splits = not type(stream).__module__.startswith("uvloop")
+        self._channel.attach(stream, splits=splits, delivery=partial(delivery, sock))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where the next bytes belong."""

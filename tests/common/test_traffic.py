@@ -50,3 +50,11 @@ def test_sizes_are_of_the_frames_since_they_were_last_taken_and_the_rate_of_all(
     assert sent.take_sizes() == {"2T": 50}
     assert sent.take_sizes() == {}
     assert (sent.busy_s, sent.rate_bit_s) == (4.0, 900.0)
+
+
+def test_where_the_link_s_pace_is_known_it_counts_whatever_the_kernel_buffered():
+    sent = Sent()
+    sent.add("0F0", 1000, 0.0, 100.0)
+    assert (sent.busy_s, sent.rate_bit_s) == (10.0, 800.0)
+    sent.add("0F1", 1000, 30.0, 50.0)
+    assert (sent.busy_s, sent.rate_bit_s) == (40.0, 400.0)

@@ -1,4 +1,4 @@
-"""Depth and lead are chosen once, from what was measured, and from nothing that a peer makes up."""
+"""Depth and lead are chosen from what was measured, and from nothing that a peer makes up."""
 
 import math
 
@@ -10,7 +10,7 @@ from common.cost import ChunkCost, Link, StepModel
 from common.lanes import COMPUTE, DECODE, ENCODE
 from common.plan import Plan, best_plan
 from common.simulator import simulate
-from edge.tuner import FIRST_DEPTH, QUEUE_S, WARM_UP_STEPS, Tuner, measured_model
+from edge.tuner import FIRST_DEPTH, MEASURED_STEPS, QUEUE_S, Tuner, measured_model
 
 EDGE = {
     COMPUTE: {"0F": 1.0, "2T": 3.0, "0B": 5.0, "be": 9.0, "co": 9.0},
@@ -103,23 +103,34 @@ def slow_link(chunks=16):
     return StepModel.even(cost, chunks, Link(up_bit_s=1e12, down_bit_s=1e12, delay_s=5))
 
 
-def test_the_step_after_the_warm_up_is_measured_and_only_it():
-    tuner = Tuner(16, None)
-    wanted = []
-    for _ in range(WARM_UP_STEPS + 3):
-        tuner.stepped()
-        wanted.append(tuner.wants_measurements)
-    assert wanted == [step == WARM_UP_STEPS for step in range(1, WARM_UP_STEPS + 4)]
-
-
-def test_a_choice_is_the_simulator_s_and_final():
+def test_some_steps_are_measured_but_not_the_first():
     tuner = Tuner(16, None)
     assert tuner.plan == Plan(FIRST_DEPTH)
-    for _ in range(WARM_UP_STEPS):
+    wanted = []
+    for step in range(1, 20):
         tuner.stepped()
+        if tuner.wants_measurements:
+            wanted.append(step)
+    assert tuple(wanted) == MEASURED_STEPS
+    assert 1 not in wanted
+
+
+def test_a_choice_is_the_simulator_s():
+    tuner = Tuner(16, None)
     assert tuner.choose(slow_link()) == tuner.plan == best_plan(slow_link())
     assert tuner.plan.depth > FIRST_DEPTH
-    assert not tuner.wants_measurements
+
+
+def test_a_disturbed_step_does_not_change_the_choice():
+    model = slow_link()
+    slow = ChunkCost(seconds={**model.chunks[0].seconds, "1F": 100.0}, messages={})
+    disturbed = StepModel.even(slow, 16, model.link)
+    assert best_plan(disturbed) != best_plan(model)
+    for order in ((model, disturbed), (disturbed, model)):
+        tuner = Tuner(16, None)
+        for one in order:
+            tuner.choose(one)
+        assert tuner.plan == best_plan(model)
 
 
 @pytest.mark.parametrize("fixed", [1, 3, 8])

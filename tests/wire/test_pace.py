@@ -2,13 +2,13 @@
 
 import pytest
 
-from wire.pace import Pace
+from wire.pace import Delivery, Pace
 
 
 def paced(*taken: tuple[int, int]) -> Pace:
     """A pace after the kernel has taken some bytes in some milliseconds each."""
     now = [0]
-    pace = Pace(lambda: now[0])
+    pace = Pace(lambda: None, lambda: now[0])
     for nbytes, milliseconds in taken:
         pace.begin()
         now[0] += milliseconds * 1_000_000
@@ -34,5 +34,54 @@ def test_piece_is_what_the_link_takes_in_25_milliseconds(bytes_per_s: int, piece
 
 def test_pace_follows_a_link_that_changes() -> None:
     fast, slow = (10_000_000, 200), (250_000, 200)
-    assert paced(fast, slow).bytes_per_s == 1_250_000
-    assert paced(slow, fast).bytes_per_s == 50_000_000
+    assert paced(fast, *[slow] * 20).bytes_per_s == pytest.approx(1_250_000, rel=0.05)
+    assert paced(slow, *[fast] * 20).bytes_per_s == pytest.approx(50_000_000, rel=0.05)
+
+
+def test_pace_is_a_mean_over_the_last_second() -> None:
+    some, more = (200_000, 200), (300_000, 200)
+    assert paced(*[some, more] * 10).bytes_per_s == pytest.approx(1_250_000, rel=0.1)
+
+
+class Kernel:
+    """What a kernel tells, and the time."""
+
+    def __init__(self, *, rtt_ms: int = 0) -> None:
+        self.now_ns = self.delivered = 0
+        self.idle = False
+        self.pace = Pace(
+            lambda: Delivery(self.delivered, self.idle, rtt_ms * 1_000_000), clock_ns=lambda: self.now_ns
+        )
+
+    def take(self, after_ms: int, delivered: int) -> None:
+        """Take a megabyte, after some time in which some bytes arrived."""
+        self.pace.begin()
+        self.now_ns += after_ms * 1_000_000
+        self.delivered += delivered
+        self.pace.end(1 << 20)
+        self.idle = False
+
+
+def test_what_the_kernel_buffers_says_nothing_about_the_link() -> None:
+    kernel = Kernel()
+    for _ in range(10):
+        kernel.take(0, 0)
+        kernel.take(50, 10_000)
+    assert kernel.pace.bytes_per_s == 200_000
+
+
+def test_round_trip_before_anything_is_acknowledged_does_not_count() -> None:
+    kernel = Kernel(rtt_ms=40)
+    for _ in range(10):
+        kernel.idle = True
+        kernel.take(0, 0)
+        kernel.take(30, 0)
+        kernel.take(30, 4000)
+        kernel.take(30, 6000)
+    assert kernel.pace.bytes_per_s == 200_000
+
+
+def test_link_that_delivers_nothing_for_a_while_has_no_pace_of_zero() -> None:
+    kernel = Kernel()
+    kernel.take(1000, 0)
+    assert kernel.pace.bytes_per_s is None
