@@ -1,6 +1,6 @@
 """How near a training step comes to its floor, and how far ahead of the usual way it is.
 
-    python -m benchmarks.step_time [--quick] [--rates 10 100 1000] [--delays 0 20]
+    python -m benchmarks.step_time [--quick] [--no-gloo] [--rates 10 100 1000] [--delays 0 20]
 
 MobileNetV2's preset, batch 64 in 8 chunks at 224 px. On each link (`benchmarks.links`), one after the other:
 the link calibrated with raw sockets, the split written plainly on gloo (`benchmarks.gloo_split`), pipelined
@@ -58,11 +58,13 @@ class Setting:
         image_size: in pixels; 224 but for a try of the benchmark itself.
         specs: each ``--compress`` to measure the product with.
         quick: fewer steps.
+        gloo: compare with gloo too.
     """
 
     image_size: int
     specs: tuple[str, ...]
     quick: bool
+    gloo: bool
 
 
 def effort(rate_bit_s: float, dense: bool, quick: bool) -> Effort:
@@ -207,7 +209,7 @@ def measure_link(rate_bit_s: float, delay_s: float, setting: Setting) -> dict[st
         dense = effort(rate_bit_s, dense=True, quick=setting.quick)
         gloo: dict[str, float] = {}
         # gloo's processes find each other by addresses of their own, which a relay does not carry.
-        for schedule in ("gpipe", "sequential") if link.kind != "relay" else ():
+        for schedule in ("gpipe", "sequential") if setting.gloo and link.kind != "relay" else ():
             try:
                 gloo[schedule] = measure_gloo(link, schedule, setting, dense)["median_step_s"]
                 print(f"  gloo {schedule:<11}{gloo[schedule]:9.3f} s  (of {dense.steps})", flush=True)
@@ -242,7 +244,8 @@ def measure_link(rate_bit_s: float, delay_s: float, setting: Setting) -> dict[st
 
 def judge(links: Sequence[dict[str, Any]]) -> bool:
     """Print every comparison with the usual way; whether all targets are met, the floors' included."""
-    print("\nagainst the usual way (gloo), same link, same run:")
+    if any(link["gloo_s"] for link in links):
+        print("\nagainst the usual way (gloo), same link, same run:")
     met = all(row["met"] for link in links for row in link["rows"])
     for link in links:
         steps = {row["compress"]: row for row in link["rows"]}
@@ -277,8 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--delays", nargs="+", type=float, default=[0, 20], help="added, one way, in ms")
     parser.add_argument("--compress", nargs="+", default=["none", COMPRESSED])
     parser.add_argument("--image-size", type=int, default=224, help="smaller to try this benchmark itself")
+    parser.add_argument("--no-gloo", action="store_true", help="the product alone, in a third of the time")
     options = parser.parse_args(argv)
-    setting = Setting(options.image_size, tuple(options.compress), options.quick)
+    setting = Setting(options.image_size, tuple(options.compress), options.quick, gloo=not options.no_gloo)
     pixels = f"{setting.image_size} px"
     print(f"{machine()}: MobileNetV2, batch 64 in {CHUNKS} chunks, {pixels}, both sides on these cores")
     links = [

@@ -18,6 +18,8 @@ from edge.data.augment import Augment, Normalise, to_tensor, vary
 from edge.data.draws import epoch_order
 from edge.data.source import ImageSource
 
+_LARGE_BATCH = 16 << 20  # bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -182,7 +184,7 @@ def train_batches(
     epochs: int = 1,
     drop_last: bool = False,
     channels_last: bool = False,
-    ahead: int = 2,
+    ahead: int | None = None,
     threads: int = 1,
 ) -> Batches:
     """Read shuffled, augmented batches of one or more epochs.
@@ -201,7 +203,7 @@ def train_batches(
         epochs: how many epochs to read, the first included.
         drop_last: leave out an epoch's smaller last batch.
         channels_last: lay images out channels-last.
-        ahead: see `Batches`.
+        ahead: see `Batches`; None for 2, or 1 where a batch is so large that its step outlasts its preparation.
         threads: see `Batches`.
     """
 
@@ -220,6 +222,8 @@ def train_batches(
         pixels = to_tensor(images, image_size, normalise, channels_last=channels_last)
         return _batch(source, plan, pixels)
 
+    if ahead is None:
+        ahead = 1 if batch_size * 3 * image_size**2 * 4 > _LARGE_BATCH else 2
     return Batches(plan(), prepare, ahead=ahead, threads=threads)
 
 

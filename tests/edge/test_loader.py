@@ -157,6 +157,21 @@ def test_loader_runs_ahead_no_further_than_it_may():
         assert not source.begun[3].is_set()
 
 
+def test_only_one_large_batch_is_prepared_ahead():
+    source = WatchedSource(4)
+    for event in source.go_on:
+        event.set()
+    pixels = {**PLAIN, "image_size": 1200}  # 17 MB an image
+    with train_batches(source, batch_size=1, seed=0, epoch=0, **pixels) as batches:
+        while not batches.ready():
+            pass
+        assert sum(event.is_set() for event in source.begun) == 1
+        batches.get()
+        while not batches.ready():
+            pass
+        assert sum(event.is_set() for event in source.begun) == 2
+
+
 def test_waiting_is_counted_only_when_the_batch_was_late():
     begun, go_on = threading.Event(), threading.Event()
     seconds = iter([10.0, 12.5])
