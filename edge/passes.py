@@ -69,6 +69,9 @@ class Pass:
             self._failed = True  # what the cloud has sent meanwhile is still taken, and dropped
             raise
         link.on_tensors = None
+        del (
+            self._driver
+        )  # it refers to this pass, which would keep the batch until the next garbage collection
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:
