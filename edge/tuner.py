@@ -24,6 +24,9 @@ FIRST_DEPTH = 4
 QUEUE_S = 0.05
 """How long what is sent waits behind what is already on a link that is always busy."""
 
+LATE_SHARE = 0.15
+"""By what share of the longest action a message comes late at times: no two actions take exactly the same."""
+
 Means = Mapping[str, Mapping[str, float]]
 """Mean seconds by lane (`compute`, `encode`, `decode`) and kind of action."""
 
@@ -128,7 +131,8 @@ def measured_model(
     )
     link_s = max(up_s, down_s)
     share = link_s / max(link_s, edge_s, cloud_s, 1e-9)
-    delay_s = max(rtt_s, 0.0) / 2 + QUEUE_S * share
+    late_s = LATE_SHARE * max(cost.seconds.values())
+    delay_s = max(rtt_s, 0.0) / 2 + QUEUE_S * share + late_s
     link = LinkCost(up_bit_s=up_bit_s, down_bit_s=down_bit_s, delay_s=delay_s)
     return StepModel.even(cost, chunks, link, shared_cores=shared_cores)
 

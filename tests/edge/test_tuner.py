@@ -10,7 +10,7 @@ from common.cost import ChunkCost, Link, StepModel
 from common.lanes import COMPUTE, DECODE, ENCODE
 from common.plan import Plan, best_plan
 from common.simulator import simulate
-from edge.tuner import FIRST_DEPTH, MEASURED_STEPS, QUEUE_S, Tuner, measured_model
+from edge.tuner import FIRST_DEPTH, LATE_SHARE, MEASURED_STEPS, QUEUE_S, Tuner, measured_model
 
 EDGE = {
     COMPUTE: {"0F": 1.0, "2T": 3.0, "0B": 5.0, "be": 9.0, "co": 9.0},
@@ -71,11 +71,13 @@ def test_a_round_trip_that_clocks_make_negative_is_none():
     assert measured(rtt_s=-0.1).link.delay_s == measured(rtt_s=0.0).link.delay_s
 
 
-def test_a_link_delays_by_its_queues_as_far_as_it_is_busy():
-    assert measured(rtt_s=0.0, up_bit_s=1e3).link.delay_s == QUEUE_S
-    # 0.033 s up and 0.024 s down of the edge's 9 s
-    assert measured(rtt_s=0.0).link.delay_s == pytest.approx(QUEUE_S * 0.032008 / 9)
-    assert measured(rtt_s=0.5).link.delay_s == pytest.approx(0.25 + QUEUE_S * 0.032008 / 9)
+def test_a_link_delays_by_its_queues_as_far_as_it_is_busy_and_by_what_comes_late():
+    late_s = LATE_SHARE * 5
+    assert measured(rtt_s=0.0, up_bit_s=1e3).link.delay_s == pytest.approx(QUEUE_S + late_s)
+    # 0.032 s up and 0.024 s down of the edge's 9 s
+    share = 0.032008 / 9
+    assert measured(rtt_s=0.0).link.delay_s == pytest.approx(QUEUE_S * share + late_s)
+    assert measured(rtt_s=0.5).link.delay_s == pytest.approx(0.25 + QUEUE_S * share + late_s)
 
 
 PLAIN = st.recursive(
