@@ -87,7 +87,7 @@ PREPARED = """
 
 
 def test_a_prepared_process_lets_waiting_threads_sleep_and_has_not_loaded_torch() -> None:
-    assert run_python(PREPARED) == ["1000", False]
+    assert run_python(PREPARED) == ["10000", False]
 
 
 def test_how_threads_wait_stays_as_the_user_set_it() -> None:
