@@ -42,7 +42,7 @@ def best_plan(model: StepModel, *, depth: int | None = None, tolerance: float = 
         tolerance: how much slower a smaller depth may be.
     """
     model = replace(model, chunks=model.chunks[:_MOST_CHUNKS])
-    models = [replace(model, link=model.link.scaled(off)) for off in _RATES_OFF]
+    models = [model.with_link(model.link.scaled(off)) for off in _RATES_OFF]
     depths = range(1, min(len(model.chunks), _MOST_DEPTH) + 1) if depth is None else (depth,)
     seconds = {
         plan: fmean(simulate(model, plan.depth, lead=plan.lead).makespan_s for model in models)

@@ -59,19 +59,15 @@ class Pass:
             ExceptionGroup: of what failed first and what that broke.
         """
         link = self.context.link
-        try:
+        with self._noticing():  # what the cloud has sent before it knows of a failure is taken, and dropped
             async with asyncio.TaskGroup() as self._tasks:
                 self._driver = Driver(schedule, self._perform)
                 link.on_tensors = self._take
                 with self._noticing():
                     await self._driver.run()
-        except BaseException:
-            self._failed = True  # what the cloud has sent meanwhile is still taken, and dropped
-            raise
         link.on_tensors = None
-        del (
-            self._driver
-        )  # it refers to this pass, which would keep the batch until the next garbage collection
+        # It refers to this pass, which would keep the batch until the next garbage collection.
+        del self._driver
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:

@@ -52,9 +52,8 @@ class Pace:
         self._clock_ns = clock_ns
         self._began_ns = 0
         self._before: Delivery | None = None
-        self._silent_ns = (
-            0  # how long no acknowledgement can come yet, a round trip after an idle link is used
-        )
+        # How long no acknowledgement can come yet: a round trip, once an idle link is used.
+        self._silent_ns = 0
         self._bytes = self._busy_ns = 0
         self._sum_bytes = self._sum_ns = 0.0
 

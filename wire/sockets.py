@@ -31,7 +31,6 @@ _LEAST_UNSENT, _FIRST_UNSENT, _MOST_UNSENT = 32 * 1024, 64 * 1024, 1 << 20
 # Of struct tcp_info in linux/tcp.h: tcpi_unacked, tcpi_bytes_acked, tcpi_notsent_bytes and tcpi_min_rtt; the last of
 # them since Linux 4.6.
 _INFO = struct.Struct("=24xI92xQ16xII")
-_INFO_SIZE = 152
 _GATHERED_NS = 2_000_000
 _LEAST_GATHERED = 64 * 1024
 _MOST_GATHERED = 256 * 1024
@@ -76,10 +75,10 @@ def delivery(sock: socket.socket) -> Delivery | None:
     if sys.platform != "linux":
         return None
     try:
-        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
     except OSError:
         return None
-    if len(told) < _INFO_SIZE:
+    if len(told) < _INFO.size:
         return None
     unacknowledged, acknowledged_bytes, unsent_bytes, rtt_us = _INFO.unpack_from(told)
     return Delivery(acknowledged_bytes, not (unacknowledged or unsent_bytes), rtt_us * 1000)
