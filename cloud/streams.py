@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wire.streams import StreamDecoder, StreamEncoder
+from wire.streams import StreamDecoder, StreamEncoder, uses_ids
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,12 @@ class Streams:
     Attributes:
         encoders: of gradients at cut 1, of activations at cut 2.
         decoders: of activations at cut 1, of gradients at cut 2.
+        uses_ids: whether the chunks of a training step bring their samples' ids.
     """
 
     encoders: dict[int, StreamEncoder]
     decoders: dict[int, StreamDecoder]
+    uses_ids: bool
 
     @classmethod
     def make(cls, codecs: Mapping[str, str], max_bytes: int) -> "Streams":
@@ -39,4 +41,5 @@ class Streams:
         return cls(
             {1: encoder("cut1.grad"), 2: encoder("cut2.act")},
             {1: decoder("cut1.act"), 2: decoder("cut2.grad")},
+            uses_ids(codecs),
         )

@@ -11,7 +11,7 @@ from common.propagate import TensorInfo
 from common.stage import Stage
 from edge.job import Job
 from edge.link import Link
-from wire.streams import StreamDecoder, StreamEncoder
+from wire.streams import StreamDecoder, StreamEncoder, uses_ids
 
 
 @dataclass(kw_only=True)
@@ -60,6 +60,7 @@ class Context:
         max_bytes: the largest tensor that a chunk may bring.
         encoders: of training, by cut: activations at cut 1, gradients at cut 2.
         decoders: of training, by cut: gradients at cut 1, activations at cut 2.
+        uses_ids: whether the chunks of a training step take their samples' ids along.
     """
 
     link: Link
@@ -72,11 +73,13 @@ class Context:
     max_bytes: int
     encoders: dict[int, StreamEncoder] = field(init=False)
     decoders: dict[int, StreamDecoder] = field(init=False)
+    uses_ids: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Make the streams of training."""
         self.encoders = {1: self.encoder("cut1.act"), 2: self.encoder("cut2.grad")}
         self.decoders = {1: self.decoder("cut1.grad"), 2: self.decoder("cut2.act")}
+        self.uses_ids = uses_ids(self.codecs)
 
     def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
         """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""

@@ -35,7 +35,14 @@ class Pipeline:
         self._skip_overflow = skip_overflow
 
     async def train(
-        self, step: int, images: Tensor, labels: Tensor, *, chunks: int, depth: int
+        self,
+        step: int,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        chunks: int,
+        depth: int,
+        sample_ids: Tensor | None = None,
     ) -> tuple[Score, bool]:
         """Train on one batch.
 
@@ -45,6 +52,7 @@ class Pipeline:
             labels: ``[B]``, int64.
             chunks: how many chunks to cut it into, as `torch.chunk` does.
             depth: the most chunks in flight.
+            sample_ids: ``[B]``, int64, the same for a sample in every epoch.
 
         Returns:
             The score, and whether the step was applied; it is not where fp16 overflowed.
@@ -54,7 +62,7 @@ class Pipeline:
             WireError: the link failed.
         """
         context = self._context
-        this = TrainingPass(context, step, images, labels, chunks)
+        this = TrainingPass(context, step, images, labels, chunks, sample_ids)
         await context.link.send(Begin(step=step, chunks=this.count, evaluate=False))
         await context.lanes.run(COMPUTE, "begin", self._begin)
         try:

@@ -176,6 +176,7 @@ class Trainer:
             batch.labels,
             chunks=config.chunks,
             depth=self._tuner.plan.depth,
+            sample_ids=batch.sample_ids,
         )
         await self._tune()
         if not applied:

@@ -1,21 +1,67 @@
 """Named tensors to messages and back: the streams of one cut and direction, and state dicts."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from wire.codecs.base import NonFiniteTensor, Role
+from wire.codecs.base import NOTHING_KNOWN, Facts, NonFiniteTensor, Role
 from wire.codecs.chain import Decoder, Encoded, Encoder
+from wire.codecs.registry import codec_class
 from wire.codecs.spec import parse_chain
 from wire.errors import CorruptPayload
+from wire.fields import payload_size
 from wire.messages import Backward, Forward, Weights
 
 Encodings: TypeAlias = tuple[list[dict[str, Any]], list[memoryview]]
 """The descriptions and the payload's buffers of some tensors, as a message takes them."""
 
+IDS = "sample ids"
+"""The name under which a chunk's ids, int64 `[B]`, cross; no tensor of a model has a space in its name."""
+
 _WEIGHTS_MESSAGE_BYTES = 4 << 20
+
+
+def uses_ids(chains: Mapping[str, str]) -> bool:
+    """Whether chunks have to bring their samples' ids with them.
+
+    Args:
+        chains: of the streams; those whose names end in ``grad`` carry gradients.
+    """
+    return any(
+        codec_class(stage.name)(stage.args, _role(name.endswith("grad"))).uses_ids
+        for name, chain in chains.items()
+        for stage in parse_chain(chain)
+    )
+
+
+def facts_of(tensors: Mapping[str, Tensor]) -> Facts:
+    """What the tensors of cut 1 say of their chunk, to both ends.
+
+    Args:
+        tensors: by name: the ids are those under `IDS`; the first other one that is bool, `[B, S]`, is the mask,
+            true where a token is.
+
+    Raises:
+        CorruptPayload: the ids are none.
+    """
+    ids, known = tensors.get(IDS), None
+    if ids is not None:
+        if ids.dtype != torch.int64 or ids.dim() != 1 or bool((ids < 0).any()):
+            raise CorruptPayload(f"the sample ids came as {ids.dtype} {list(ids.shape)}, not int64 from 0")
+        known = tuple(ids.tolist())
+    mask = next((tensor for name, tensor in tensors.items() if name != IDS and _is_mask(tensor)), None)
+    return Facts(known, None if mask is None else mask.cpu())
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bool and tensor.dim() == 2
+
+
+def _role(gradient: bool) -> Role:
+    return Role.GRADIENT if gradient else Role.ACTIVATION
 
 
 class StreamEncoder:
@@ -28,11 +74,11 @@ class StreamEncoder:
 
     def __init__(self, chain: str, *, gradient: bool) -> None:
         self._chain = parse_chain(chain)
-        self._role = Role.GRADIENT if gradient else Role.ACTIVATION
+        self._role = _role(gradient)
         self._encoders: dict[str, Encoder] = {}
         self._raw = Encoder(parse_chain("none"), self._role)
 
-    def encode(self, tensors: Mapping[str, Tensor], *, seed: int) -> Encodings:
+    def encode(self, tensors: Mapping[str, Tensor], *, seed: int, facts: Facts = NOTHING_KNOWN) -> Encodings:
         """Encode one chunk's tensors.
 
         A tensor that is not finite is sent raw, so that NaN arrives as NaN and the loss shows it.
@@ -40,22 +86,38 @@ class StreamEncoder:
         Args:
             tensors: by name.
             seed: of stochastic rounding.
+            facts: of the chunk; at cut 1, where they cross for the first time, what `facts_of` returns.
         """
         descs: list[dict[str, Any]] = []
         buffers: list[memoryview] = []
         for index, (name, tensor) in enumerate(tensors.items()):
-            encoded = self._encode(name, tensor, seed + index)
+            encoded = self._encode(name, tensor, seed + index, facts)
             descs.append(encoded.desc)
             buffers.extend(encoded.buffers)
         return descs, buffers
 
-    def _encode(self, name: str, tensor: Tensor, seed: int) -> Encoded:
+    def _encode(self, name: str, tensor: Tensor, seed: int, facts: Facts) -> Encoded:
         if name not in self._encoders:
             self._encoders[name] = Encoder(self._chain, self._role)
         try:
-            return self._encoders[name].encode(tensor, seed=seed)
+            return self._encoders[name].encode(tensor, seed=seed, facts=facts)
         except NonFiniteTensor:
             return self._raw.encode(tensor, seed=seed)
+
+    def commit(self) -> None:
+        """Keep what the codecs have learnt: a step is applied, and `rollback` goes back to here."""
+        for encoder in self._encoders.values():
+            encoder.commit()
+
+    def rollback(self) -> None:
+        """Forget what the codecs have learnt since the last `commit`."""
+        for encoder in self._encoders.values():
+            encoder.rollback()
+
+    def close(self) -> None:
+        """Give up what codecs keep on disk; nothing is encoded after that."""
+        for encoder in self._encoders.values():
+            encoder.close()
 
 
 class StreamDecoder:
@@ -69,12 +131,17 @@ class StreamDecoder:
 
     def __init__(self, chain: str, *, gradient: bool, max_bytes: int) -> None:
         self._chain = parse_chain(chain)
-        self._role = Role.GRADIENT if gradient else Role.ACTIVATION
+        self._role = _role(gradient)
         self._max_bytes = max_bytes
         self._decoders: dict[str, Decoder] = {}
 
     def decode(
-        self, message: Forward | Backward, names: Sequence[str], *, device: torch.device | None = None
+        self,
+        message: Forward | Backward,
+        names: Sequence[str],
+        *,
+        device: torch.device | None = None,
+        facts: Facts | None = None,
     ) -> dict[str, Tensor]:
         """Decode a message's tensors.
 
@@ -82,6 +149,8 @@ class StreamDecoder:
             message: as received.
             names: the names it must carry, in order.
             device: where the tensors are wanted; the CPU unless given.
+            facts: of the chunk; None at cut 1, where the message itself brings them: `facts_of` what this
+                returns says the same.
 
         Raises:
             CorruptPayload: other names, or a payload that does not fit its description.
@@ -90,15 +159,41 @@ class StreamDecoder:
             raise CorruptPayload(
                 f"a {message.kind} message carries {list(message.names)[:4]}, not {list(names)[:4]}"
             )
+        offsets = list(accumulate(map(payload_size, message.tensors), initial=0))
+        spans = list(zip(message.names, message.tensors, offsets, strict=False))
+        if facts is None:
+            # What says how others are to be read is read first, wherever it stands.
+            spans.sort(key=lambda span: span[0] != IDS and not _describes_mask(span[1]))
         tensors: dict[str, Tensor] = {}
-        offset = 0
-        for name, desc in zip(message.names, message.tensors, strict=True):
+        for name, desc, offset in spans:
+            if facts is None and name != IDS and not _describes_mask(desc):
+                facts = facts_of(tensors)
             if name not in self._decoders:
                 self._decoders[name] = Decoder(self._chain, self._role, max_bytes=self._max_bytes)
-            tensors[name], offset = self._decoders[name].decode(
-                desc, message.payload, offset=offset, device=device
+            tensors[name], _ = self._decoders[name].decode(
+                desc, message.payload, offset=offset, device=device, facts=facts or NOTHING_KNOWN
             )
-        return tensors
+        return {name: tensors[name] for name in names}
+
+    def commit(self) -> None:
+        """See `StreamEncoder.commit`."""
+        for decoder in self._decoders.values():
+            decoder.commit()
+
+    def rollback(self) -> None:
+        """See `StreamEncoder.rollback`."""
+        for decoder in self._decoders.values():
+            decoder.rollback()
+
+    def close(self) -> None:
+        """See `StreamEncoder.close`."""
+        for decoder in self._decoders.values():
+            decoder.close()
+
+
+def _describes_mask(desc: Mapping[str, Any]) -> bool:
+    shape = desc.get("shape")
+    return desc.get("dtype") == "bool" and isinstance(shape, list | tuple) and len(shape) == 2
 
 
 def chunk_message(
