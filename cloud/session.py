@@ -6,6 +6,8 @@ and the server goes on.
 """
 
 import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -67,6 +69,7 @@ class Session:
         self._step = self._aborted = -1
         self._passing: Passing | None = None
         self._sent = Sent()
+        self._resources = ExitStack()
         self._incoming: WeightsReceiver | None = None
         self._tasks: asyncio.TaskGroup
 
@@ -87,6 +90,7 @@ class Session:
             raise first_error(group, IsthmusError, RemoteProtocolError) from None
         finally:
             await asyncio.to_thread(self._lanes.close)  # waits for what is being computed
+            self._resources.close()
 
     async def _open(self) -> None:
         message = await self._connection.receive()
@@ -98,6 +102,7 @@ class Session:
         self._middle = middle = await self._lanes.run(COMPUTE, "build", Middle, spec, self._device)
         self._work = Work(middle, self._streams, spec.seed)
         self._training = self._make_streams()
+        self._resources.callback(self._training.close)
         if middle.needs_weights:
             self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
         await self._connection.send(
@@ -241,11 +246,23 @@ class Session:
             raise RemoteProtocolError(f"commit of step {message.step} came before its last gradient had left")
         await passing.driving
         self._passing = None
-        applied = self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale)
+        applied = [
+            self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale),
+            *self._settle(applied=True),
+        ]
         self._tasks.create_task(self._confirm(passing, applied))
 
-    async def _confirm(self, passing: Passing, applied: asyncio.Future[None]) -> None:
-        await applied  # the next step may have begun meanwhile
+    def _settle(self, *, applied: bool) -> list[asyncio.Future[None]]:
+        """End a step for training's codecs, on the lanes that use them: after what is queued there."""
+        what = "commit" if applied else "rollback"
+        return [
+            self._lanes.run(lane, what, stream.commit if applied else stream.rollback)
+            for lane, streams in ((ENCODE, self._training.encoders), (DECODE, self._training.decoders))
+            for stream in streams.values()
+        ]
+
+    async def _confirm(self, passing: Passing, applied: Sequence[asyncio.Future[None]]) -> None:
+        await asyncio.gather(*applied)  # the next step may have begun meanwhile
         detail: dict[str, Any] = {
             "busy_s": {
                 lane: seconds - passing.busy_before_s[lane] for lane, seconds in self._busy_s().items()
@@ -262,7 +279,8 @@ class Session:
         self._training_step(message, "abort")
         self._aborted = message.step
         self._cancel_step()
-        await self._lanes.run(COMPUTE, "rollback", self._middle.rollback)
+        undone = [self._lanes.run(COMPUTE, "rollback", self._middle.rollback), *self._settle(applied=False)]
+        await asyncio.gather(*undone)
 
     def _training_step(self, message: Commit | Abort, what: str) -> Passing:
         passing = self._passing

@@ -20,6 +20,13 @@ class Streams:
     decoders: dict[int, StreamDecoder]
     uses_ids: bool
 
+    def close(self) -> None:
+        """Give up what codecs keep on disk."""
+        for encoder in self.encoders.values():
+            encoder.close()
+        for decoder in self.decoders.values():
+            decoder.close()
+
     @classmethod
     def make(cls, codecs: Mapping[str, str], max_bytes: int) -> "Streams":
         """Make streams with fresh state.

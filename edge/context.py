@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from common.lanes import Lanes
+from common.lanes import DECODE, ENCODE, Lanes
 from common.memory_format import FORMATS
 from common.partition import Split
 from common.propagate import TensorInfo
@@ -93,6 +93,24 @@ class Context:
     def encoder(self, stream: str) -> StreamEncoder:
         """Make an encoder with fresh state for a stream of `common.spec.STREAMS`."""
         return StreamEncoder(self.codecs[stream], gradient=stream.endswith("grad"))
+
+    async def settle(self, *, applied: bool) -> None:
+        """End a step for training's codecs, each on its lane: they keep what they have learnt, or forget it."""
+        for lane, stream in self._streams():
+            if applied:
+                await self.lanes.run(lane, "commit", stream.commit)
+            else:
+                await self.lanes.run(lane, "rollback", stream.rollback)
+
+    def close(self) -> None:
+        """End the lanes, and give up what codecs keep on disk."""
+        self.lanes.close()
+        for _, stream in self._streams():
+            stream.close()
+
+    def _streams(self) -> list[tuple[str, StreamEncoder | StreamDecoder]]:
+        encoders, decoders = self.encoders.values(), self.decoders.values()
+        return [*((ENCODE, stream) for stream in encoders), *((DECODE, stream) for stream in decoders)]
 
     def decoder(self, stream: str) -> StreamDecoder:
         """Make a decoder with fresh state for a stream of `common.spec.STREAMS`."""

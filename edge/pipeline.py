@@ -79,6 +79,7 @@ class Pipeline:
         scale = clip_scale(norm_sq, self._clip_norm)
         await context.link.commit(Commit(step=step, scale=scale))
         await context.lanes.run(COMPUTE, "commit", self._commit, scale)
+        await context.settle(applied=True)
         return this.score, True
 
     async def evaluate(self, step: int, chunks: int, fetch: FetchChunk, *, depth: int) -> Score:
@@ -102,6 +103,7 @@ class Pipeline:
     async def _undo(self, step: int, reason: str) -> None:
         await self._context.link.abort(Abort(step=step, reason=reason))
         await self._context.lanes.run(COMPUTE, "rollback", self._rollback)
+        await self._context.settle(applied=False)
 
     def _rollback(self) -> None:
         self._context.front.rollback()

@@ -116,6 +116,7 @@ class Trainer:
             self._metrics = resources.enter_context(writer)
         self._link.on_committed = self._on_committed
         self._context = build_context(job, self._link, self._lanes, ready.memory_format)
+        resources.callback(self._context.close)
         self._pipeline = Pipeline(
             self._context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16"
         )

@@ -1,14 +1,15 @@
 """Named tensors to messages and back: the streams of one cut and direction, and state dicts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from wire.codecs.base import NOTHING_KNOWN, Facts, NonFiniteTensor, Role
-from wire.codecs.chain import Decoder, Encoded, Encoder
+from wire.codecs.chain import Chain, Decoder, Encoded, Encoder
 from wire.codecs.registry import codec_class
 from wire.codecs.spec import parse_chain
 from wire.errors import CorruptPayload
@@ -17,6 +18,8 @@ from wire.messages import Backward, Forward, Weights
 
 Encodings: TypeAlias = tuple[list[dict[str, Any]], list[memoryview]]
 """The descriptions and the payload's buffers of some tensors, as a message takes them."""
+
+C = TypeVar("C", Encoder, Decoder)
 
 IDS = "sample ids"
 """The name under which a chunk's ids, int64 `[B]`, cross; no tensor of a model has a space in its name."""
@@ -64,8 +67,44 @@ def _role(gradient: bool) -> Role:
     return Role.GRADIENT if gradient else Role.ACTIVATION
 
 
-class StreamEncoder:
-    """Encodes what crosses one cut in one direction; each named tensor is a stream with its own codec state.
+class Stream(Generic[C]):
+    """One end of what crosses one cut in one direction; each named tensor has codecs with a state of their own.
+
+    What they learn in a step is part of the step: it is kept with `commit` and forgotten with `rollback`.
+
+    Args:
+        chain: the codec chain, such as ``int8+lz4``.
+        gradient: whether it carries gradients (stochastic rounding) or activations.
+        make: makes one named tensor's codecs.
+    """
+
+    def __init__(self, chain: str, gradient: bool, make: Callable[[Chain, Role], C]) -> None:
+        self._make: Callable[[], C] = partial(make, parse_chain(chain), _role(gradient))
+        self._coders: dict[str, C] = {}
+
+    def _of(self, name: str) -> C:
+        if name not in self._coders:
+            self._coders[name] = self._make()
+        return self._coders[name]
+
+    def commit(self) -> None:
+        """Keep what the codecs have learnt since the last commit."""
+        for coder in self._coders.values():
+            coder.commit()
+
+    def rollback(self) -> None:
+        """Forget what the codecs have learnt since the last commit."""
+        for coder in self._coders.values():
+            coder.rollback()
+
+    def close(self) -> None:
+        """Give up what the codecs keep, on disk too; the stream is not used again."""
+        for coder in self._coders.values():
+            coder.close()
+
+
+class StreamEncoder(Stream[Encoder]):
+    """Encodes what crosses one cut in one direction.
 
     Args:
         chain: the codec chain, such as ``int8+lz4``.
@@ -73,10 +112,8 @@ class StreamEncoder:
     """
 
     def __init__(self, chain: str, *, gradient: bool) -> None:
-        self._chain = parse_chain(chain)
-        self._role = _role(gradient)
-        self._encoders: dict[str, Encoder] = {}
-        self._raw = Encoder(parse_chain("none"), self._role)
+        super().__init__(chain, gradient, Encoder)
+        self._raw = Encoder(parse_chain("none"), _role(gradient))
 
     def encode(self, tensors: Mapping[str, Tensor], *, seed: int, facts: Facts = NOTHING_KNOWN) -> Encodings:
         """Encode one chunk's tensors.
@@ -97,30 +134,13 @@ class StreamEncoder:
         return descs, buffers
 
     def _encode(self, name: str, tensor: Tensor, seed: int, facts: Facts) -> Encoded:
-        if name not in self._encoders:
-            self._encoders[name] = Encoder(self._chain, self._role)
         try:
-            return self._encoders[name].encode(tensor, seed=seed, facts=facts)
+            return self._of(name).encode(tensor, seed=seed, facts=facts)
         except NonFiniteTensor:
             return self._raw.encode(tensor, seed=seed)
 
-    def commit(self) -> None:
-        """Keep what the codecs have learnt: a step is applied, and `rollback` goes back to here."""
-        for encoder in self._encoders.values():
-            encoder.commit()
 
-    def rollback(self) -> None:
-        """Forget what the codecs have learnt since the last `commit`."""
-        for encoder in self._encoders.values():
-            encoder.rollback()
-
-    def close(self) -> None:
-        """Give up what codecs keep on disk; nothing is encoded after that."""
-        for encoder in self._encoders.values():
-            encoder.close()
-
-
-class StreamDecoder:
+class StreamDecoder(Stream[Decoder]):
     """Decodes what a `StreamEncoder` of the same chain and direction made.
 
     Args:
@@ -130,10 +150,7 @@ class StreamDecoder:
     """
 
     def __init__(self, chain: str, *, gradient: bool, max_bytes: int) -> None:
-        self._chain = parse_chain(chain)
-        self._role = _role(gradient)
-        self._max_bytes = max_bytes
-        self._decoders: dict[str, Decoder] = {}
+        super().__init__(chain, gradient, partial(Decoder, max_bytes=max_bytes))
 
     def decode(
         self,
@@ -168,27 +185,10 @@ class StreamDecoder:
         for name, desc, offset in spans:
             if facts is None and name != IDS and not _describes_mask(desc):
                 facts = facts_of(tensors)
-            if name not in self._decoders:
-                self._decoders[name] = Decoder(self._chain, self._role, max_bytes=self._max_bytes)
-            tensors[name], _ = self._decoders[name].decode(
+            tensors[name], _ = self._of(name).decode(
                 desc, message.payload, offset=offset, device=device, facts=facts or NOTHING_KNOWN
             )
         return {name: tensors[name] for name in names}
-
-    def commit(self) -> None:
-        """See `StreamEncoder.commit`."""
-        for decoder in self._decoders.values():
-            decoder.commit()
-
-    def rollback(self) -> None:
-        """See `StreamEncoder.rollback`."""
-        for decoder in self._decoders.values():
-            decoder.rollback()
-
-    def close(self) -> None:
-        """See `StreamEncoder.close`."""
-        for decoder in self._decoders.values():
-            decoder.close()
 
 
 def _describes_mask(desc: Mapping[str, Any]) -> bool:
