@@ -15,17 +15,17 @@ import torch
 from cloud.device import Device, LaneStreams, Placed
 from cloud.middle import Middle
 from cloud.passing import Passing
-from cloud.streams import Streams
+from cloud.streams import Streams, check_disk
 from cloud.work import Work
 from common.driver import Driver
-from common.errors import IsthmusError, UserError
+from common.errors import IsthmusError
 from common.groups import first_error
 from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
 from common.schedule import Action, cloud_schedule
-from common.spec import JobSpec
+from common.spec import CUTS, JobSpec
 from common.trace import Tracer
 from common.traffic import Sent
-from wire.errors import RemoteProtocolError, SpecError
+from wire.errors import RemoteProtocolError, StorageFailed
 from wire.messages import (
     Abort,
     Backward,
@@ -40,12 +40,7 @@ from wire.messages import (
     Ready,
     Weights,
 )
-from wire.streams import (
-    Encodings,
-    WeightsReceiver,
-    chunk_message,
-    weights_messages,
-)
+from wire.streams import Encodings, WeightsReceiver, chunk_message, weights_messages
 from wire.transport import Connection
 
 MAX_EVALUATION_CHUNKS = 1 << 24
@@ -58,11 +53,13 @@ class Session:
         connection: past its handshake.
         device: where the middle computes.
         threads: torch's threads for computing.
+        disk_limit: bytes of disk that the client's codecs may take.
     """
 
-    def __init__(self, connection: Connection, device: Device, threads: int) -> None:
+    def __init__(self, connection: Connection, device: Device, threads: int, disk_limit: int) -> None:
         self._connection = connection
         self._device = device
+        self._disk_limit = disk_limit
         self._tracer = Tracer("cloud", enabled=False)
         self._streams = LaneStreams(device)
         self._lanes = Lanes(self._tracer, threads)
@@ -87,7 +84,7 @@ class Session:
                     await self._take(message)
                 self._cancel_step()
         except ExceptionGroup as group:
-            raise first_error(group, IsthmusError, RemoteProtocolError) from None
+            raise first_error(group, IsthmusError, RemoteProtocolError, StorageFailed) from None
         finally:
             await asyncio.to_thread(self._lanes.close)  # waits for what is being computed
             self._resources.close()
@@ -102,6 +99,9 @@ class Session:
         self._middle = middle = await self._lanes.run(COMPUTE, "build", Middle, spec, self._device)
         self._work = Work(middle, self._streams, spec.seed)
         self._training = self._make_streams()
+        check_disk(
+            spec.codecs, {cut: middle.crossing(cut, gradients=False) for cut in CUTS}, self._disk_limit
+        )
         self._resources.callback(self._training.close)
         if middle.needs_weights:
             self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
@@ -115,10 +115,7 @@ class Session:
         )
 
     def _make_streams(self) -> Streams:
-        try:
-            return Streams.make(self._spec.codecs, self._middle.max_bytes())
-        except SpecError as error:
-            raise UserError(str(error)) from error
+        return Streams.make(self._spec.codecs, self._middle.max_bytes())
 
     async def _take(self, message: Message) -> None:
         match message:

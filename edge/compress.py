@@ -20,6 +20,7 @@ from wire.codecs.layout import TensorType
 from wire.codecs.ragged import Ragged
 from wire.codecs.registry import codec_class
 from wire.codecs.spec import NONE, StageSpec, check_chain, spell_chain, split_chain
+from wire.streams import uses_ids
 
 BOTTLENECKS = tuple(KINDS)
 _WHOLE_CUTS = ("", "cut1", "cut2")
@@ -92,6 +93,23 @@ def with_ragged(compression: Compression, cut1: Sequence[TensorInfo]) -> Compres
 
 def _is_mask(info: TensorInfo) -> bool:
     return info.dtype == torch.bool and info.rows == 1 and len(info.shape) == 1
+
+
+def check_repetition(compression: Compression, *, varied: bool) -> None:
+    """Check that samples come again as they were, where a codec counts on it.
+
+    Args:
+        compression: what was asked for.
+        varied: whether training samples are varied at random.
+
+    Raises:
+        UserError: they do not.
+    """
+    if varied and uses_ids(compression.codecs):
+        raise UserError(
+            "--compress delta sends what has changed of a sample since the last epoch, and training images are flipped "
+            "and shifted at random: give --no-augment"
+        )
 
 
 def check_fit(compression: Compression, crossing: Sequence[Sequence[TensorInfo]], chunk: int) -> None:

@@ -14,7 +14,7 @@ from common.optim import OptimSpec
 from common.partition import Split, image_input, preset_cuts, split
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
-from edge.compress import check_fit, parse_compress
+from edge.compress import check_fit, check_repetition, parse_compress
 from edge.config import TrainConfig
 from edge.data.augment import to_tensor
 from edge.data.datasets import Dataset, open_dataset
@@ -70,6 +70,7 @@ def prepare(config: TrainConfig) -> Job:
         SpecError: a ``--compress`` that does not parse.
     """
     compression = parse_compress(config.compress)
+    check_repetition(compression, varied=config.augment)
     dataset = open_dataset(
         config.data,
         seed=config.seed,

@@ -24,6 +24,7 @@ C = TypeVar("C", Encoder, Decoder)
 IDS = "sample ids"
 """The name under which a chunk's ids, int64 `[B]`, cross; no tensor of a model has a space in its name."""
 
+_MOST_IDS = 1 << 16
 _WEIGHTS_MESSAGE_BYTES = 4 << 20
 
 
@@ -38,6 +39,12 @@ def uses_ids(chains: Mapping[str, str]) -> bool:
         for name, chain in chains.items()
         for stage in parse_chain(chain)
     )
+
+
+def disk_bytes(chain: str, *, gradient: bool) -> int:
+    """Return the most bytes that either end of a stream keeps on disk for each tensor that crosses."""
+    stages = parse_chain(chain)
+    return sum(codec_class(stage.name)(stage.args, _role(gradient)).disk_bytes for stage in stages)
 
 
 def facts_of(tensors: Mapping[str, Tensor]) -> Facts:
@@ -135,7 +142,7 @@ class StreamEncoder(Stream[Encoder]):
 
     def _encode(self, name: str, tensor: Tensor, seed: int, facts: Facts) -> Encoded:
         try:
-            return self._of(name).encode(tensor, seed=seed, facts=facts)
+            return (self._raw if name == IDS else self._of(name)).encode(tensor, seed=seed, facts=facts)
         except NonFiniteTensor:
             return self._raw.encode(tensor, seed=seed)
 
@@ -151,6 +158,7 @@ class StreamDecoder(Stream[Decoder]):
 
     def __init__(self, chain: str, *, gradient: bool, max_bytes: int) -> None:
         super().__init__(chain, gradient, partial(Decoder, max_bytes=max_bytes))
+        self._ids = Decoder(parse_chain("none"), _role(gradient), max_bytes=8 * _MOST_IDS)
 
     def decode(
         self,
@@ -185,7 +193,7 @@ class StreamDecoder(Stream[Decoder]):
         for name, desc, offset in spans:
             if facts is None and name != IDS and not _describes_mask(desc):
                 facts = facts_of(tensors)
-            tensors[name], _ = self._of(name).decode(
+            tensors[name], _ = (self._ids if name == IDS else self._of(name)).decode(
                 desc, message.payload, offset=offset, device=device, facts=facts or NOTHING_KNOWN
             )
         return {name: tensors[name] for name in names}

@@ -160,6 +160,7 @@ class Codec(ABC):
         everywhere: one instance serves all places of a stream's tree.
         examples: arguments that are right, for the tests, which find codecs by the registry.
         uses_ids: works better where the samples' ids are known.
+        disk_bytes: the most that an instance may keep on disk.
     """
 
     name: ClassVar[str]
@@ -171,6 +172,7 @@ class Codec(ABC):
     everywhere: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ("",)
     uses_ids = False
+    disk_bytes = 0
 
     def __init__(self, args: str, role: Role) -> None:
         if args:

@@ -68,6 +68,7 @@ class Stages:
             stage = self.chain[specs[spec]]
             codecs[key] = codec_class(stage.name)(stage.args, self._role)
             codecs[key].load_state_dict(value)
+            codecs[key].commit()
         self.close()
         self._codecs = codecs
 
