@@ -168,11 +168,16 @@ class Delta(Codec):
         return whole.shaped(line)
 
     def error_bound(self, x: Tensor) -> Tensor:
-        """Of a sample that is new: half a unit in float16's last place, and beyond its range the distance to it."""
-        if self._first != "fp16" or x.dtype != torch.float32 or not x.numel():
-            return torch.zeros((), dtype=torch.float64)
-        info, size = torch.finfo(STORED), x.double().abs()
-        return size.clamp(min=info.tiny) * (info.eps / 2) + (size - info.max).clamp(min=0)
+        """Half a unit in float16's last place, and beyond its range the distance to it, of a sample that is new.
+
+        Of one that has changed by no more than its own size, the rounding of a difference and a sum.
+        """
+        size, own = x.double().abs(), torch.finfo(x.dtype)
+        bound = size * own.eps + own.tiny * own.eps
+        if self._first == "fp16" and x.dtype == torch.float32:
+            info = torch.finfo(STORED)
+            bound += size.clamp(min=info.tiny) * (info.eps / 2) + (size - info.max).clamp(min=0)
+        return bound
 
     def state_dict(self) -> dict[str, Any]:
         """All that is kept, copied into memory."""
