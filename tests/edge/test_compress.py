@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.propagate import TensorInfo
 from common.spec import STREAMS
-from edge.compress import BOTTLENECKS, check_fit, parse_compress, with_ragged
+from edge.compress import BOTTLENECKS, check_fit, check_repetition, parse_compress, with_ragged
 from wire.codecs.chain import parse_chain
 from wire.errors import SpecError
 
@@ -266,3 +266,16 @@ def test_rank_of_ragged_tokens_may_be_that_of_a_whole_chunk():
     with pytest.raises(UserError, match="4x64"):
         check_fit(parse_compress(["lowrank:30"]), ((narrow, MASK), (narrow,)), 8)
     check_fit(parse_compress(["ragged+lowrank:30"]), ((narrow, MASK), (narrow,)), 8)
+
+
+@pytest.mark.parametrize("text", ["delta+int4", "cut1=ragged+delta", "cut2.act=delta:limit=1M+int8"])
+def test_changes_of_samples_that_vary_are_refused(text):
+    compression = parse_compress([text])
+    check_repetition(compression, varied=False)
+    with pytest.raises(UserError, match="give --no-augment"):
+        check_repetition(compression, varied=True)
+
+
+def test_gradients_and_other_codecs_have_no_need_of_the_same_samples():
+    check_repetition(parse_compress(["grad=delta+int4"]), varied=True)
+    check_repetition(parse_compress(["conv+int8"]), varied=True)
