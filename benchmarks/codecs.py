@@ -63,9 +63,14 @@ from wire.codecs.registry import codec_class, codec_names
 from wire.codecs.spec import parse_chain
 from wire.errors import SpecError
 
+SPECIAL = ("delta", "ragged")  # nothing without another codec, and nothing without a mask
 CHAINS = (
-    *(f"{name}:{codec_class(name).examples[0]}".removesuffix(":") for name in codec_names()),
-    *("int4:hadamard", "int8+lz4", "int8+zstd", "fp16+zstd"),
+    *(
+        f"{name}:{codec_class(name).examples[0]}".removesuffix(":")
+        for name in codec_names()
+        if name not in SPECIAL
+    ),
+    *("delta+int4", "int4:hadamard", "int8+lz4", "int8+zstd", "fp16+zstd"),
 )
 NAIVE, TUNED, MEMCPY = "naive", "tuned", "memcpy"
 JUDGED = "int8"

@@ -122,13 +122,12 @@ class Delta(Codec):
         if sum(padded(part.type.nbytes) for part in types) > padded(whole.nbytes):
             return None
         line = flat(x)
-        if not bool(line.isfinite().all()):
+        if not bool(torch.stack(torch.aminmax(line)).isfinite().all()):
             raise NonFiniteTensor(self.name)
         values = []
         if any(samples.seen):
-            change = _pick(line, samples.sizes, samples.seen).float() - self._kept(
-                samples, call.facts, x.device
-            )
+            kept = self._kept(samples, call.facts, x.device)
+            change = torch.sub(_pick(line, samples.sizes, samples.seen).float(), kept, out=kept)
             values.append(_cast(change, x.dtype))
         if not all(samples.seen):
             values.append(_cast(_pick(line, samples.sizes, samples.new), self._first_dtype(whole)))
@@ -153,14 +152,13 @@ class Delta(Codec):
         samples = self._samples(whole, facts)
         assert samples is not None
         given = iter(parts)
-        line = torch.empty(whole.numel, dtype=whole.dtype, device=parts[0].device)
-        pieces = line.split(samples.sizes)
+        both = []
         if any(samples.seen):
             change = flat(next(given))
-            values = _cast(self._kept(samples, facts, change.device) + change.float(), whole.dtype)
-            _put(values, compress(pieces, samples.seen))
+            both.append(_cast(self._kept(samples, facts, change.device).add_(change.float()), whole.dtype))
         if not all(samples.seen):
-            _put(flat(next(given)), compress(pieces, samples.new))
+            both.append(flat(next(given)).to(whole.dtype))
+        line = both[0] if len(both) == 1 else _merge(both[0], both[1], samples.sizes, samples.seen)
         if facts.ids is not None:
             kept = _cast(line.float(), STORED).cpu()
             for sample, values in zip(facts.ids, kept.split(samples.sizes), strict=True):
@@ -245,17 +243,17 @@ def _pick(line: Tensor, sizes: tuple[int, ...], which: Sequence[bool]) -> Tensor
     return line if all(which) else torch.cat(list(compress(line.split(sizes), which)))
 
 
-def _put(values: Tensor, pieces: Any) -> None:
-    """The inverse of `_pick`."""
-    at = 0
-    for piece in pieces:
-        piece.copy_(values[at : at + piece.numel()])
-        at += piece.numel()
+def _merge(some: Tensor, others: Tensor, sizes: tuple[int, ...], which: Sequence[bool]) -> Tensor:
+    """The line of which `_pick` gives some pieces, and the others."""
+    mine = iter(some.split(list(compress(sizes, which))))
+    theirs = iter(others.split(list(compress(sizes, (not one for one in which)))))
+    return torch.cat([next(mine) if one else next(theirs) for one in which])
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in another dtype, clamped to its range."""
+    """Values in another dtype; those beyond its range become its largest."""
+    cast = values.to(dtype)
     if dtype == torch.float16 and values.dtype != dtype:
         top = torch.finfo(dtype).max
-        values = values.clamp(-top, top)
-    return values.to(dtype)
+        cast.clamp_(-top, top)
+    return cast
