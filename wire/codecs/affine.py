@@ -30,6 +30,9 @@ HUGE = 1e38
 """Tensors with larger values are left alone; differences of two must not overflow."""
 
 
+_NO_NUMBERS, _NO_STARTS = np.empty(0, np.float32), np.empty(0, np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Groups:
     """How a tensor's memory falls into groups that share a range.
@@ -160,14 +163,16 @@ def quantize(x: Tensor, groups: Groups, params: Tensor, seed: int | None) -> Ten
         steps = torch.where(scale > 0, scale.reciprocal(), 0.0)
         noise = 0.5 if seed is None else dither(seed, x.numel(), x.device).view(x.shape)
         return q.copy_((x - low).mul_(steps).add_(noise))
-    starts = [] if seed is None else dither_starts(seed, x.numel())
+    numbers, starts = _NO_NUMBERS, _NO_STARTS
+    if seed is not None:
+        numbers, starts = table(x.device).numpy(), np.array(dither_starts(seed, x.numel()), np.int64)
     kernels.quantize(
         x.view(-1).numpy(),
         groups.width,
         params.numpy(),
         groups.by_row,
-        table(x.device).numpy(),
-        np.array(starts, np.int64),
+        numbers,
+        starts,
         PERIOD,
         q.view(-1).numpy(),
     )

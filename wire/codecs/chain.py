@@ -17,7 +17,7 @@ Leaves lie in the payload depth first, each padded with zeros to a multiple of 6
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ class Encoder:
                     dense(part.tensor),
                     index + 1 if part.follow else len(chain),
                     f"{path}.{number}",
-                    call.child(number),
+                    call.child(number) if part.follow else call,
                     leaves,
                 )
                 for number, part in enumerate(packed.parts)
@@ -256,13 +256,14 @@ class _Leaves:
         return load_leaf(leaf.type, self._view[start : start + leaf.type.nbytes])
 
 
-@contextmanager
-def _torch_threads(count: int | None) -> Iterator[None]:
+def _torch_threads(count: int | None) -> AbstractContextManager[None]:
     """Sets the number of threads that torch uses for work started by this thread."""
+    return nullcontext() if count is None else _changed_threads(count)
+
+
+@contextmanager
+def _changed_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
     torch.set_num_threads(count)
     try:
         yield

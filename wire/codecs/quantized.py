@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from wire.codecs import bits
 from wire.codecs.affine import HUGE, Groups, are_finite, dequantize, quantize, ranges
 from wire.codecs.base import Call, Codec, Facts, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
 from wire.codecs.hadamard import block_sums, rotated
-from wire.codecs.layout import TensorType, flat
+from wire.codecs.layout import TensorType, flat, padded
 from wire.codecs.options import ArgumentError, split_options
 from wire.codecs.registry import register
 from wire.errors import CorruptPayload
@@ -63,9 +64,11 @@ class Quantized(Codec):
     def encode(self, x: Tensor, call: Call) -> Packed | None:
         """Two parts, the levels and the groups' ranges."""
         whole = TensorType.of(x)
-        if x.dtype not in _TAKES or x.numel() == 0 or not self.shrinks(whole, {}):
+        if x.dtype not in _TAKES or x.numel() == 0:
             return None
-        groups = Groups.of(whole, self._group)
+        groups, levels, shrinks = _plan(whole, self._group, self.bits)
+        if not shrinks:
+            return None
         values = groups.matrix(rotated(x) if self._rotates else x)
         try:
             # What is rotated back may grow by the root of a block's size.
@@ -78,17 +81,15 @@ class Quantized(Codec):
             return None
         seed = call.seed if self.role is Role.GRADIENT else None
         q = bits.pack(groups.line(quantize(values, groups, params, seed)), self.bits)
-        return Packed((Part(self._levels(whole).shaped(q), follow=True), Part(params, follow=False)))
+        return Packed((Part(levels.shaped(q), follow=True), Part(params, follow=False)))
 
     def part_types(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts) -> tuple[PartType, ...]:
         """uint8, of the same shape or packed; and float32 `[2, groups]`: level 0, and the distance of levels."""
         no_meta(self.name, meta)
         if whole.dtype not in _TAKES or whole.numel == 0:
             raise CorruptPayload(f"{self.name} never takes a tensor of {whole.dtype}, {list(whole.shape)}")
-        return (
-            PartType(self._levels(whole), follow=True),
-            PartType(TensorType(torch.float32, (2, Groups.of(whole, self._group).count)), follow=False),
-        )
+        groups, levels, _ = _plan(whole, self._group, self.bits)
+        return PartType(levels, follow=True), PartType(_params(groups), follow=False)
 
     def decode(
         self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any], facts: Facts
@@ -97,7 +98,7 @@ class Quantized(Codec):
         q, params = parts
         if not are_finite(params):
             raise CorruptPayload(f"the scales of a tensor encoded with {self.name} are not finite")
-        groups = Groups.of(whole, self._group)
+        groups, *_ = _plan(whole, self._group, self.bits)
         levels = groups.matrix(bits.unpack(flat(q), self.bits, whole.numel))
         dtype = torch.float32 if self._rotates else whole.dtype
         values = torch.empty(levels.shape, dtype=dtype, device=q.device)
@@ -137,10 +138,20 @@ class Quantized(Codec):
         bound += torch.maximum(low.abs(), high.abs()) * (own + 2.0**-21) + 1e-34
         return whole.shaped(groups.line(groups.spread(bound).expand_as(values).contiguous()))
 
-    def _levels(self, whole: TensorType) -> TensorType:
-        if self.bits == 8:
-            return TensorType(torch.uint8, whole.shape, whole.order)
-        return TensorType(torch.uint8, (bits.packed_size(whole.numel, self.bits),))
+
+@lru_cache(maxsize=64)
+def _plan(whole: TensorType, group: int | None, width: int) -> tuple[Groups, TensorType, bool]:
+    """A tensor's groups, the type of its levels of so many bits, and whether these are smaller, with ranges."""
+    groups = Groups.of(whole, group)
+    levels = TensorType(torch.uint8, whole.shape, whole.order)
+    if width < 8:
+        levels = TensorType(torch.uint8, (bits.packed_size(whole.numel, width),))
+    size = padded(levels.nbytes) + padded(_params(groups).nbytes)
+    return groups, levels, size < padded(whole.nbytes)
+
+
+def _params(groups: Groups) -> TensorType:
+    return TensorType(torch.float32, (2, groups.count))
 
 
 @register

@@ -33,13 +33,19 @@ class Stages:
         self.chain = (*map(StageSpec, always_on()), *chain)
         self._role = role
         self._codecs: dict[str, Codec] = {}
+        self._at: dict[tuple[int, str], Codec] = {}
 
     def codec(self, index: int, path: str) -> Codec:
         """The codec of a stage at a place in the tree."""
+        found = self._at.get((index, path))
+        return self._make(index, path) if found is None else found
+
+    def _make(self, index: int, path: str) -> Codec:
         spec = self.chain[index]
         key = f"{'' if codec_class(spec.name).everywhere else path}:{spec}"
         if key not in self._codecs:
             self._codecs[key] = codec_class(spec.name)(spec.args, self._role)
+        self._at[index, path] = self._codecs[key]
         return self._codecs[key]
 
     def parse(
@@ -70,7 +76,7 @@ class Stages:
             codecs[key].load_state_dict(value)
             codecs[key].commit()
         self.close()
-        self._codecs = codecs
+        self._codecs, self._at = codecs, {}
 
     def commit(self) -> None:
         """See `Codec.commit`."""
