@@ -3,23 +3,26 @@
     front ──cut 1──▶ middle ──cut 2──▶ back
       └────────── kept ─────────────────┘      stays on the edge
 
-`split` traces the model with torch.fx, splits the graph with torch's own pass and puts each part back over
-the original module tree: a partition's state dict has the model's own names, the three together have all of
-them, and running the three in turn computes bitwise what the model does.
+`split` traces the model with torch.fx, or torch.export where the number of tokens varies, splits the graph
+with torch's own pass and puts each part back over the original module tree: a partition's state dict has the
+model's own names, the three together have all of them, and running the three in turn computes bitwise what
+the model does.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from common.crossing import Crossing, cut_in_three
 from common.errors import UserError
+from common.exported import export_modes
 from common.graph import trace_modes
 from common.presets import preset_cuts
 from common.propagate import TensorInfo
 
-__all__ = ["PARTS", "Partition", "Split", "image_input", "preset_cuts", "split"]
+__all__ = ["PARTS", "Partition", "Split", "image_input", "preset_cuts", "split", "text_input"]
 
 PARTS = ("front", "middle", "back")
 
@@ -193,6 +196,21 @@ def image_input(size: int, channels: int = 3) -> tuple[TensorInfo, ...]:
     return (TensorInfo(name="x", shape=(channels, size, size)),)
 
 
+def text_input(most_tokens: int, *, pairs: bool = False) -> tuple[TensorInfo, ...]:
+    """Describe the input of a text classifier: token ids `[B, S]`, and which of them are no padding.
+
+    Args:
+        most_tokens: the largest S.
+        pairs: the model tells first sentence and second by ``token_type_ids``.
+    """
+
+    def tokens(name: str, dtype: torch.dtype) -> TensorInfo:
+        return TensorInfo(name=name, shape=(most_tokens,), dtype=dtype, token_dims=(0,))
+
+    types = (tokens("token_type_ids", torch.int64),) if pairs else ()
+    return (tokens("input_ids", torch.int64), tokens("attention_mask", torch.bool), *types)
+
+
 def split(model: nn.Module, cuts: tuple[str, str], inputs: Sequence[TensorInfo]) -> Split:
     """Split a model by two cut points.
 
@@ -205,7 +223,9 @@ def split(model: nn.Module, cuts: tuple[str, str], inputs: Sequence[TensorInfo])
         UserError: a model that cannot be traced or does not take these inputs, an unknown cut, cuts in the
             wrong order, or a cut that something other than batched tensors would have to cross.
     """
-    traces = trace_modes(model)
+    # torch.fx cannot follow sizes that vary beside the batch's.
+    varies = any(info.token_dims for info in inputs)
+    traces = export_modes(model, inputs) if varies else trace_modes(model)
     training = cut_in_three(model, traces[True], cuts, inputs, training=True)
     evaluation = training
     if traces[False] is not traces[True]:
