@@ -1,7 +1,7 @@
 """The middle of one job: built, checked, trained. Every method runs on the session's compute lane."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,14 +11,30 @@ from cloud.loss_scale import LossScale
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
 from common.memory_format import SAMPLES, choose_memory_format
-from common.models import build_model, default_image_size, is_registered
-from common.partition import Split, image_input, split
+from common.models import build_model, is_registered, model_inputs
+from common.partition import Split, split
 from common.propagate import TensorInfo
 from common.spec import JobSpec
 from common.stage import AMP_DTYPES, Stage, seeded
 from common.weights import partition_state, state_digest
 from wire.config import DEFAULT_LIMITS
 from wire.errors import CorruptPayload
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a chunk.
+
+    Attributes:
+        samples: how many it has; None before a tensor with a batch dimension has come.
+        tokens: how many each of them is padded to; None where none are counted.
+    """
+
+    samples: int | None = None
+    tokens: int | None = None
+
+
+UNKNOWN = Sizes()
 
 
 class Middle:
@@ -84,31 +100,39 @@ class Middle:
         """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
         return [info for info in self._cuts[cut] if info.requires_grad or not gradients]
 
-    def check(self, info: TensorInfo, tensor: Tensor, samples: int | None = None) -> int | None:
+    def check(self, info: TensorInfo, tensor: Tensor, known: Sizes = UNKNOWN) -> Sizes:
         """Check that a tensor that came is what crosses there, for at most one chunk of samples.
 
         Args:
             info: what crosses.
             tensor: what came.
-            samples: how many samples it must be of, where that is known.
+            known: what the tensors before it have told of the chunk.
 
         Returns:
-            How many samples it is of; None for a tensor that has no batch dimension.
+            What is known now.
 
         Raises:
             CorruptPayload: it is not.
         """
         rows = tensor.shape[0] if tensor.dim() else 0
-        came = rows // info.rows if info.rows else None
-        least, most = (1, self._chunk_size) if samples is None else (samples, samples)
-        fits = (came is None or least <= came <= most) and tuple(tensor.shape) == info.batched(came or 0)
+        samples = rows // info.rows if info.rows else known.samples
+        tokens = info.tokens(tensor.shape) if info.token_dims else known.tokens
+        most = self._chunk_size if known.samples is None else known.samples
+        longest = info.tokens(info.batched(most)) if known.tokens is None else known.tokens
+        fits = (
+            (known.samples is None or samples == known.samples)
+            and (known.tokens is None or tokens == known.tokens)
+            and (samples is None or 1 <= samples <= most)
+            and (tokens is None or longest is None or 1 <= tokens <= longest)
+            and tuple(tensor.shape) == info.batched(samples or 0, tokens)
+        )
         if not fits or tensor.dtype != info.dtype:
-            wanted = "a full chunk" if samples is None else "this chunk"
+            wanted = "a full chunk" if known.samples is None else "this chunk"
             raise CorruptPayload(
                 f"{info.name} came as {tensor.dtype} {list(tensor.shape)}; {wanted} of it is {info.dtype} "
-                f"{list(info.batched(most))}"
+                f"{list(info.batched(most, known.tokens))}"
             )
-        return came
+        return Sizes(samples, tokens)
 
     def max_bytes(self) -> int:
         """Return the bytes of the largest tensor that one chunk brings."""
@@ -163,11 +187,13 @@ def _build(spec: JobSpec) -> Split:
         # Its weights could only be a file, and files here are not the client's to name.
         spec = replace(spec, model=replace(spec.model, weights=None))
     try:
-        model = build_model(spec.model)
+        model = build_model(spec.model, offline=True)
     except UserError:
-        # Weights that this machine cannot fetch: the digest will differ, and the client sends its own.
+        # Weights that this machine does not have and cannot fetch: the digest will differ, and the client sends
+        # its own.
         if spec.model.weights is None:
             raise
         model = build_model(replace(spec.model, weights=None))
-    image_size = spec.model.image_size or default_image_size(spec.model.name)
-    return with_bottleneck(split(model, spec.cuts, image_input(image_size)), spec.bottlenecks, seed=spec.seed)
+    return with_bottleneck(
+        split(model, spec.cuts, model_inputs(spec.model)), spec.bottlenecks, seed=spec.seed
+    )

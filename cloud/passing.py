@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cloud.device import Placed
+from cloud.middle import Sizes
 from cloud.streams import Streams
 from common.driver import Driver
 from common.schedule import Action
@@ -25,7 +26,7 @@ class Passing:
         driver: orders its computing.
         driving: runs the driver to the end.
         placed: what has come and waits to be computed; empty while it is decoded.
-        samples: how many there are in each chunk that came forward.
+        sizes: of each chunk that came forward.
         in_flight: chunks that came forward and whose last answer has not left yet.
         busy_before_s: seconds that each lane had been busy when it began.
     """
@@ -38,7 +39,7 @@ class Passing:
     driver: Driver
     driving: asyncio.Task[None] = field(init=False)
     placed: dict[Action, Placed] = field(default_factory=dict)
-    samples: dict[int, int] = field(default_factory=dict)
+    sizes: dict[int, Sizes] = field(default_factory=dict)
     in_flight: int = 0
     busy_before_s: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,4 +74,4 @@ class Passing:
         if action.backward or self.evaluate:
             self.in_flight -= 1
         if self.evaluate:
-            self.samples.pop(action.chunk, None)
+            self.sizes.pop(action.chunk, None)

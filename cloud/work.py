@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cloud.device import LaneStreams, Placed
-from cloud.middle import Middle
+from cloud.middle import UNKNOWN, Middle
 from cloud.passing import Passing
 from common.errors import IsthmusError
 from common.schedule import Action
@@ -34,14 +34,13 @@ class Work:
     def decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
         """Decode and check a chunk's tensors, onto the device."""
         infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
-        decoder, samples = passing.codecs.decoders[cut], passing.samples
+        decoder, sizes = passing.codecs.decoders[cut], passing.sizes
 
         def work() -> tuple[Tensor, ...]:
             tensors = decoder.decode(message, [info.name for info in infos], device=self._middle.stage.device)
             for info, tensor in zip(infos, tensors.values(), strict=True):
-                came = self._middle.check(info, tensor, samples.get(message.chunk))
-                if came is not None:
-                    samples[message.chunk] = came
+                known = sizes.get(message.chunk, UNKNOWN)
+                sizes[message.chunk] = self._middle.check(info, tensor, known)
             return tuple(tensors.values())
 
         return self._streams.decode(work)

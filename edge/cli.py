@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from common.choices import AMP, COUNTINGS, MEMORY_FORMATS, OPTIMIZERS, SCHEDULES
+from common.choices import AMP, COUNTINGS, MEMORY_FORMATS, OPTIMIZERS, PADDINGS, SCHEDULES
 from common.command import run_cli, run_command
 from edge.config import DEFAULT_PORT, TrainConfig
 
@@ -24,8 +24,14 @@ def _option(name: str, help: str, **settings: Any) -> Any:
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 _TRAIN_OPTIONS = (
-    _option("--model", "A torchvision classifier's name, or a registered model's."),
-    _option("--weights", "Pretrained weights by torchvision's name (DEFAULT), or a state-dict file."),
+    _option(
+        "--model", "A torchvision classifier's name, a registered model's, or hf:NAME or hf:FOLDER for text."
+    ),
+    _option(
+        "--weights",
+        "Pretrained weights by torchvision's name (DEFAULT), a state-dict file, or random.  [default: random; "
+        "for text those that come with the model]",
+    ),
     _option(
         "--cut",
         "A cut point; give two.  [default: the model's preset]",
@@ -33,9 +39,16 @@ _TRAIN_OPTIONS = (
         multiple=True,
         default=None,
     ),
-    _option("--data", "digits, cifar10 or another set of torchvision's, or folder:PATH."),
+    _option(
+        "--data",
+        "digits, cifar10 or another set of torchvision's, folder:PATH; for text cola:PATH or hf:NAME.",
+    ),
     _option("--data-root", "Where downloaded data sets lie.", type=click.Path(path_type=Path)),
     _option("--image-size", "Side of the images in pixels.  [default: the model's own]", type=int),
+    _option("--max-length", "The most tokens of a text.  [default: 128]", type=int),
+    _option(
+        "--padding", "Pad texts to the longest of a chunk, or to --max-length.", type=click.Choice(PADDINGS)
+    ),
     _option("--num-classes", "Outputs of the classifier.  [default: the data set's]", type=int),
     _option(
         "--compress",
@@ -50,16 +63,20 @@ _TRAIN_OPTIONS = (
     _option("--epochs", "Passes over the training set.", type=int),
     _option("--steps", "Steps in all, instead of epochs.", type=int),
     _option("--seed", "Of weights, order, augmentation, dropout and rounding.", type=int),
-    _option("--optimizer", "What trains.", type=click.Choice(OPTIMIZERS)),
-    _option("--lr", "Learning rate.  [default: 0.02 for sgd, 0.001 for adamw]", type=float),
+    _option("--optimizer", "What trains.  [default: sgd; adamw for text]", type=click.Choice(OPTIMIZERS)),
+    _option("--lr", "Learning rate.  [default: 0.02 for sgd, 0.001 for adamw; for text 0.00002]", type=float),
     _option("--momentum", "Of SGD.", type=float),
     _option("--weight-decay", "As the optimizer means it.", type=float),
     _option(
         "--schedule",
-        "How the learning rate goes on after the warm-up.",
+        "How the learning rate goes on after the warm-up.  [default: constant; polynomial for text]",
         type=click.Choice(SCHEDULES),
     ),
-    _option("--warmup-steps", "Steps to reach the full learning rate.", type=int),
+    _option(
+        "--warmup-steps",
+        "Steps to reach the full learning rate.  [default: 0; for text a 16th of all]",
+        type=int,
+    ),
     _option("--power", "Of the polynomial schedule.", type=float),
     _option("--clip-norm", "Largest gradient norm over the whole model.", type=float),
     _option("--amp", "Mixed precision on the server.", type=click.Choice(AMP)),

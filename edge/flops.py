@@ -10,7 +10,8 @@ from common.bottleneck import with_bottleneck
 from common.errors import UserError
 from common.flops import Counting, Operation, PartCost, count_parts, profile
 from common.graph import find_cut, trace
-from common.models import ModelSpec, build_model, default_image_size
+from common.model_spec import ModelSpec
+from common.models import build_model, default_image_size
 from common.partition import Split, image_input, preset_cuts, split
 from edge.compress import parse_compress
 from edge.flops_plot import plot_along

@@ -26,8 +26,8 @@ from wire.streams import Encodings, chunk_message
 
 T = TypeVar("T")
 
-FetchChunk = Callable[[int], Awaitable[tuple[Tensor, Tensor]]]
-"""Gives chunk i of an evaluation: images ``[n, C, H, W]`` and labels ``[n]``."""
+FetchChunk = Callable[[int], Awaitable[tuple[tuple[Tensor, ...], Tensor]]]
+"""Gives chunk i of an evaluation: what the front takes of n samples, and labels ``[n]``."""
 
 
 class Pass:
@@ -82,6 +82,10 @@ class Pass:
         """Return how many samples a chunk has."""
         raise NotImplementedError
 
+    def tokens(self, chunk: int) -> int | None:
+        """Return how many tokens a chunk's samples are padded to; None for images."""
+        raise NotImplementedError
+
     def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
         """Return the action that a message makes possible, and the cut that it came through."""
         raise NotImplementedError
@@ -106,7 +110,7 @@ class Pass:
         infos = self.context.crossing(cut, gradients=isinstance(message, Backward))
         tensors = self.decoders[cut].decode(message, [info.name for info in infos])
         for info, tensor in zip(infos, tensors.values(), strict=True):
-            expected = info.batched(self.samples(message.chunk))
+            expected = info.batched(self.samples(message.chunk), self.tokens(message.chunk))
             if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, expected):
                 raise CorruptPayload(
                     f"{info.name} came as {tensor.dtype} {list(tensor.shape)}, not {info.dtype} {list(expected)}"
@@ -140,14 +144,18 @@ class TrainingPass(Pass):
     Args:
         context: what to work with.
         step: its number.
-        images: ``[B, C, H, W]``, cut as `torch.chunk` cuts.
+        inputs: what the front takes of the batch, cut as `torch.chunk` cuts.
         labels: ``[B]``.
         chunks: how many chunks.
     """
 
-    def __init__(self, context: Context, step: int, images: Tensor, labels: Tensor, chunks: int) -> None:
+    def __init__(
+        self, context: Context, step: int, inputs: tuple[Tensor, ...], labels: Tensor, chunks: int
+    ) -> None:
         super().__init__(context, step)
-        self.images, self.labels = images.chunk(chunks), labels.chunk(chunks)
+        cut = zip(*(tensor.chunk(chunks) for tensor in inputs), strict=True)
+        self.inputs = [context.trim(chunk) for chunk in cut]
+        self.labels = labels.chunk(chunks)
         self.middle_norm_sq = math.nan
         self._samples = len(labels)
         self._held_gradients: dict[int, tuple[Tensor | None, ...]] = {}
@@ -155,11 +163,15 @@ class TrainingPass(Pass):
     @property
     def count(self) -> int:
         """How many chunks there are; fewer than asked for where the batch is small."""
-        return len(self.images)
+        return len(self.inputs)
 
     def samples(self, chunk: int) -> int:
         """See `Pass.samples`."""
         return len(self.labels[chunk])
+
+    def tokens(self, chunk: int) -> int | None:
+        """See `Pass.tokens`."""
+        return self.context.tokens(self.inputs[chunk])
 
     def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
         """See `Pass.incoming`."""
@@ -186,7 +198,7 @@ class TrainingPass(Pass):
 
     def _front_forward(self, chunk: int) -> tuple[Tensor, ...]:
         context = self.context
-        outputs = context.front.forward(self.step, chunk, (self.images[chunk],))
+        outputs = context.front.forward(self.step, chunk, self.inputs[chunk])
         self.held[chunk] = outputs if context.parts.kept else ()
         return outputs[: len(context.parts.cut1)]
 
@@ -234,10 +246,15 @@ class EvaluationPass(Pass):
         self.decoders = {2: context.decoder("cut2.act")}
         self._fetch = fetch
         self._labels: dict[int, Tensor] = {}
+        self._tokens: dict[int, int | None] = {}
 
     def samples(self, chunk: int) -> int:
         """See `Pass.samples`."""
         return len(self._labels[chunk])
+
+    def tokens(self, chunk: int) -> int | None:
+        """See `Pass.tokens`."""
+        return self._tokens[chunk]
 
     def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
         """See `Pass.incoming`."""
@@ -249,17 +266,20 @@ class EvaluationPass(Pass):
 
     async def _perform(self, action: Action) -> None:
         if action.stage == 0:
-            images, self._labels[action.chunk] = await self._fetch(action.chunk)
-            self.send(action, 1, await self.compute(action, self._front, action.chunk, images))
+            inputs, self._labels[action.chunk] = await self._fetch(action.chunk)
+            self.send(action, 1, await self.compute(action, self._front, action.chunk, inputs))
         else:
             await self.compute(action, self._back, action.chunk, self.arrived.pop(action))
 
-    def _front(self, chunk: int, images: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.context.front.evaluate((images,))
+    def _front(self, chunk: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs = self.context.trim(inputs)
+        self._tokens[chunk] = self.context.tokens(inputs)
+        outputs = self.context.front.evaluate(inputs)
         self.held[chunk] = outputs if self.context.parts.kept else ()
         return outputs[: len(self.context.parts.cut1)]
 
     def _back(self, chunk: int, arrived: tuple[Tensor, ...]) -> None:
         labels = self._labels.pop(chunk)
+        self._tokens.pop(chunk)
         logits = self.context.back.evaluate(self.context.back_inputs(arrived, self.held.pop(chunk)))[0]
         self.score.add(cross_entropy(logits, labels).item(), logits, labels)

@@ -35,13 +35,13 @@ class Pipeline:
         self._skip_overflow = skip_overflow
 
     async def train(
-        self, step: int, images: Tensor, labels: Tensor, *, chunks: int, depth: int
+        self, step: int, inputs: tuple[Tensor, ...], labels: Tensor, *, chunks: int, depth: int
     ) -> tuple[Score, bool]:
         """Train on one batch.
 
         Args:
             step: its number, higher than any before.
-            images: ``[B, C, H, W]``.
+            inputs: what the front takes, the samples along dimension 0.
             labels: ``[B]``, int64.
             chunks: how many chunks to cut it into, as `torch.chunk` does.
             depth: the most chunks in flight.
@@ -54,7 +54,7 @@ class Pipeline:
             WireError: the link failed.
         """
         context = self._context
-        this = TrainingPass(context, step, images, labels, chunks)
+        this = TrainingPass(context, step, inputs, labels, chunks)
         await context.link.send(Begin(step=step, chunks=this.count, evaluate=False))
         await context.lanes.run(COMPUTE, "begin", self._begin)
         try:

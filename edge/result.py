@@ -24,6 +24,7 @@ class TrainResult:
         total_steps: steps that were asked for.
         loss: of the last step; None if there was none.
         accuracy: of the last evaluation, 0 to 1; None if there was none.
+        mcc: its Matthews' correlation coefficient, for text; else None.
         summary: bytes, times and busy shares.
         state: the whole trained model by plain names, a bottleneck's own weights under ``bottleneck.``; empty
             where neither a file nor the state was asked for.
@@ -33,6 +34,7 @@ class TrainResult:
     total_steps: int
     loss: float | None
     accuracy: float | None
+    mcc: float | None
     summary: SummaryReport
     state: dict[str, Tensor]
 

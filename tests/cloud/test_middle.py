@@ -11,7 +11,8 @@ from torch import nn
 from cloud.device import Device
 from cloud.middle import Middle
 from common.errors import UserError
-from common.models import ModelSpec, build_model, register_model
+from common.model_spec import ModelSpec
+from common.models import build_model, register_model
 from common.optim import OptimSpec
 from common.partition import image_input, split
 from common.spec import JobSpec
@@ -159,10 +160,10 @@ def test_loaded_weights_are_those_it_computes_with():
 
 
 def test_pretrained_weights_that_cannot_be_had_here_are_awaited_from_the_client(monkeypatch):
-    def cannot_fetch(spec):
+    def cannot_fetch(spec, **options):
         if spec.weights is not None:
             raise UserError("the weights could not be fetched")
-        return build_model(spec)
+        return build_model(spec, **options)
 
     monkeypatch.setattr("cloud.middle.build_model", cannot_fetch)
     model = replace(spec_of().model, weights="IMAGENET1K_V1")

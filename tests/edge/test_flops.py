@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from common.choices import COUNTINGS
 from common.errors import UserError
 from common.flops import Counting
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from edge.cli import cli
 from edge.flops import FlopsConfig, count_flops, flops_command
 

@@ -200,10 +200,11 @@ def test_more_classes_than_the_data_has_are_fine_and_fewer_are_refused():
         ({"compress": "conv:99999x1"}, "too wide"),
         ({"compress": "cut1=conv:4x999"}, "larger than the map"),
         ({"schedule": "cosine", "warmup_steps": 9}, "total_steps must be"),
-        ({"optimizer": "lion"}, "no optimizer 'lion'"),
+        ({"optimizer": "lion"}, "--optimizer must be one of sgd, adamw, not 'lion'"),
         ({"lr": float("nan")}, "learning rate must be above 0"),
         ({"seed": 1 << 63}, "seed must be"),
-        ({"cuts": ()}, "no preset cuts for tiny_of_test_job"),
+        ({"max_length": 16}, "--max-length is for text"),
+        ({"data": "cola:/nowhere"}, "takes images and --data cola:/nowhere holds text"),
     ],
 )
 def test_what_does_not_exist_or_fit_is_refused_in_one_line(changes, message):
@@ -221,9 +222,13 @@ def test_a_job_is_described_in_one_line(mobilenet):
     ready = Ready(need_weights=False, device="cuda:0 Some GPU", memory_format="channels_last", detail={})
     text = describe(mobilenet, ready)
     assert text == (
-        "mobilenet_v2 on digits (128 training and 20 test images, 10 classes, 32 px), cut after features.0.1 "
-        "and features.18, compress conv+int8; the server computes on cuda:0 Some GPU (channels_last)"
+        "mobilenet_v2 on digits (128 training and 20 test samples, images of 32 px, 10 classes), cut after "
+        "features.0.1 and features.18, compress conv+int8; the server computes on cuda:0 Some GPU (channels_last)"
     )
+
+
+def test_a_model_without_a_preset_is_cut_where_that_is_good():
+    assert prepare(config(cuts=())).spec.cuts == ("first", "middle.1")
 
 
 def test_a_job_is_settled():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from common.seeding import derive_seed
 from edge.config import TrainConfig
 from edge.data.datasets import open_dataset
