@@ -135,7 +135,7 @@ class Tokens:
     Args:
         model: the text model's name, whose tokenizer is used.
         inputs: what the model takes; says how many tokens at most.
-        longest: pad to the longest sentence of a batch, else to the most tokens.
+        longest: `trim` cuts to the longest sentence, else all have the most tokens.
 
     Raises:
         UserError: the model comes without a tokenizer.
@@ -155,21 +155,20 @@ class Tokens:
         sentences = [source.sentences[i] for i in ids]
         encoded = self._tokenizer(
             sentences,
-            padding="longest" if self._longest else "max_length",
+            padding="max_length",
             truncation=True,
             max_length=self.most,
             return_tensors="np",
         )
-        size = len(encoded["input_ids"])
         tensors = []
         for info in self._inputs:
             given = encoded.get(info.name)
-            values = np.zeros((size, encoded["input_ids"].shape[1]), np.int64) if given is None else given
+            values = np.zeros((len(sentences), self.most), np.int64) if given is None else given
             tensors.append(torch.from_numpy(np.ascontiguousarray(values)).to(info.dtype))
         return tuple(tensors)
 
     def trim(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Drop columns that are padding in every sample, but for a multiple of 8; see `read`."""
+        """Drop what is padding in every sample, in eights: few lengths let torch use memory again."""
         if not self._longest:
             return inputs
         kept = inputs[1].any(dim=0).nonzero()

@@ -61,15 +61,15 @@ def test_a_folder_without_the_corpus_says_what_belongs_there(tmp_path):
         opened(f"cola:{tmp_path}")
 
 
-def test_sentences_are_padded_to_the_longest_and_trimmed_by_chunk(model):
-    tokens = Tokens(model, text_input(16), longest=True)
+def test_sentences_are_trimmed_to_the_longest(model):
+    tokens = Tokens(model, text_input(24), longest=True)
     source = TextSource(["the cat", "the cat sat on the mat and ran", "a dog"], [0, 1, 0])
     ids, mask = tokens.read(source, np.arange(3))
-    assert ids.shape == mask.shape == (3, 10)
+    assert ids.shape == mask.shape == (3, 24)
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
     assert mask.sum(1).tolist() == [4, 10, 4]
     assert tokens.trim((ids[::2], mask[::2]))[0].shape == (2, 8)  # in eights
-    assert tokens.trim((ids, mask))[0].shape == (3, 10)
+    assert tokens.trim((ids, mask))[0].shape == (3, 16)
 
 
 def test_padding_to_the_most_stays(model):
@@ -88,7 +88,8 @@ def test_what_is_too_long_is_cut_short(model):
 
 def test_two_sentences_are_told_apart(model):
     tokens = Tokens(model, text_input(16, pairs=True), longest=True)
-    _, _, types = tokens.read(TextSource([("the cat", "a dog ran")], [1]), np.arange(1))
+    inputs = tokens.read(TextSource([("the cat", "a dog ran")], [1]), np.arange(1))
+    _, _, types = tokens.trim(inputs)
     assert types[0].tolist() == [0] * 4 + [1] * 4
 
 
