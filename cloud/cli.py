@@ -6,6 +6,14 @@ import sys
 import click
 
 from common.command import run_cli, run_command
+from wire.codecs.options import parse_size
+
+
+def _size(context: click.Context, option: click.Parameter, text: str) -> int:
+    size = parse_size(text)
+    if size is None:
+        raise click.BadParameter(f"{text!r} is no size; give a number of bytes, such as 500M or 16G")
+    return size
 
 
 @click.command("cloud-server", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -17,6 +25,13 @@ from common.command import run_cli, run_command
 @click.option("--cpu", is_flag=True, help="Compute on the CPU.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing.  [default: one a core]")
 @click.option("--max-sessions", default=8, type=click.IntRange(1), help="Clients served at once.")
+@click.option(
+    "--disk-limit",
+    default="16G",
+    callback=_size,
+    metavar="SIZE",
+    help="Disk that one client's delta may take, such as 500M.",
+)
 @click.option(
     "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers models."
 )
@@ -30,6 +45,7 @@ def cli(
     cpu: bool,
     threads: int | None,
     max_sessions: int,
+    disk_limit: int,
     modules: tuple[str, ...],
     quiet: bool,
     owned: bool,
@@ -61,6 +77,7 @@ def cli(
             gpu=None if cpu else first_gpu() if gpu is None else gpu,
             threads=threads,
             max_sessions=max_sessions,
+            disk_limit=disk_limit,
         )
         run(serve_until_signal(config, owned=owned))
 

@@ -9,6 +9,7 @@ from cloud.middle import Sizes
 from cloud.streams import Streams
 from common.driver import Driver
 from common.schedule import Action
+from wire.codecs.base import Facts
 from wire.errors import RemoteProtocolError
 from wire.messages import Backward, Forward
 
@@ -27,6 +28,7 @@ class Passing:
         driving: runs the driver to the end.
         placed: what has come and waits to be computed; empty while it is decoded.
         sizes: of each chunk that came forward.
+        facts: of each chunk that is in flight, for the codecs.
         in_flight: chunks that came forward and whose last answer has not left yet.
         busy_before_s: seconds that each lane had been busy when it began.
     """
@@ -40,6 +42,7 @@ class Passing:
     driving: asyncio.Task[None] = field(init=False)
     placed: dict[Action, Placed] = field(default_factory=dict)
     sizes: dict[int, Sizes] = field(default_factory=dict)
+    facts: dict[int, Facts] = field(default_factory=dict)
     in_flight: int = 0
     busy_before_s: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,5 +76,6 @@ class Passing:
         """
         if action.backward or self.evaluate:
             self.in_flight -= 1
+            self.facts.pop(action.chunk, None)
         if self.evaluate:
             self.sizes.pop(action.chunk, None)

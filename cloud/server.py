@@ -17,7 +17,7 @@ from cloud.session import Session
 from common.errors import IsthmusError, UserError
 from common.runtime import default_threads
 from wire.config import WireConfig
-from wire.errors import ConnectFailed, ConnectionLost, PeerError, WireError
+from wire.errors import ConnectFailed, ConnectionLost, PeerError, StorageFailed, WireError
 from wire.transport import Connection, Server, serve
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class ServerConfig:
         gpu: index of the GPU to compute on; None for the CPU.
         threads: torch's threads for computing; None for one a core.
         max_sessions: clients served at once; more are refused.
+        disk_limit: bytes of disk that one client's codecs may take.
     """
 
     host: str = "127.0.0.1"
@@ -40,6 +41,7 @@ class ServerConfig:
     gpu: int | None = None
     threads: int | None = None
     max_sessions: int = 8
+    disk_limit: int = 16 << 30
 
 
 @asynccontextmanager
@@ -53,7 +55,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
     threads = config.threads or default_threads()
 
     async def on_connection(connection: Connection) -> None:
-        await _serve_one(connection, device, threads)
+        await _serve_one(connection, device, threads, config.disk_limit)
 
     wire = WireConfig(device=device.name, max_connections=config.max_sessions, allocate=device.allocate)
     try:
@@ -66,13 +68,16 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         await server.close()
 
 
-async def _serve_one(connection: Connection, device: Device, threads: int) -> None:
+async def _serve_one(connection: Connection, device: Device, threads: int, disk_limit: int) -> None:
     logger.info("%s: connected", connection.peer)
     try:
-        await Session(connection, device, threads).run()
+        await Session(connection, device, threads, disk_limit).run()
     except IsthmusError as error:
         logger.warning("%s: refused: %s", connection.peer, error)
         await connection.fail("refused", str(error))
+    except StorageFailed as error:
+        logger.error("%s: %s", connection.peer, error)
+        await connection.fail("refused", f"the server cannot go on: {error}")
     except ConnectionLost as error:
         logger.warning("%s: %s", connection.peer, error)
     except PeerError as error:

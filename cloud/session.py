@@ -6,6 +6,8 @@ and the server goes on.
 """
 
 import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,17 +15,17 @@ import torch
 from cloud.device import Device, LaneStreams, Placed
 from cloud.middle import Middle
 from cloud.passing import Passing
-from cloud.streams import Streams
+from cloud.streams import Streams, check_disk
 from cloud.work import Work
 from common.driver import Driver
-from common.errors import IsthmusError, UserError
+from common.errors import IsthmusError
 from common.groups import first_error
 from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
 from common.schedule import Action, cloud_schedule
-from common.spec import JobSpec
+from common.spec import CUTS, JobSpec
 from common.trace import Tracer
 from common.traffic import Sent
-from wire.errors import RemoteProtocolError, SpecError
+from wire.errors import RemoteProtocolError, StorageFailed
 from wire.messages import (
     Abort,
     Backward,
@@ -38,12 +40,7 @@ from wire.messages import (
     Ready,
     Weights,
 )
-from wire.streams import (
-    Encodings,
-    WeightsReceiver,
-    chunk_message,
-    weights_messages,
-)
+from wire.streams import Encodings, WeightsReceiver, chunk_message, weights_messages
 from wire.transport import Connection
 
 MAX_EVALUATION_CHUNKS = 1 << 24
@@ -56,17 +53,20 @@ class Session:
         connection: past its handshake.
         device: where the middle computes.
         threads: torch's threads for computing.
+        disk_limit: bytes of disk that the client's codecs may take.
     """
 
-    def __init__(self, connection: Connection, device: Device, threads: int) -> None:
+    def __init__(self, connection: Connection, device: Device, threads: int, disk_limit: int) -> None:
         self._connection = connection
         self._device = device
+        self._disk_limit = disk_limit
         self._tracer = Tracer("cloud", enabled=False)
         self._streams = LaneStreams(device)
         self._lanes = Lanes(self._tracer, threads)
         self._step = self._aborted = -1
         self._passing: Passing | None = None
         self._sent = Sent()
+        self._resources = ExitStack()
         self._incoming: WeightsReceiver | None = None
         self._tasks: asyncio.TaskGroup
 
@@ -84,9 +84,10 @@ class Session:
                     await self._take(message)
                 self._cancel_step()
         except ExceptionGroup as group:
-            raise first_error(group, IsthmusError, RemoteProtocolError) from None
+            raise first_error(group, IsthmusError, RemoteProtocolError, StorageFailed) from None
         finally:
             await asyncio.to_thread(self._lanes.close)  # waits for what is being computed
+            self._resources.close()
 
     async def _open(self) -> None:
         message = await self._connection.receive()
@@ -98,6 +99,10 @@ class Session:
         self._middle = middle = await self._lanes.run(COMPUTE, "build", Middle, spec, self._device)
         self._work = Work(middle, self._streams, spec.seed)
         self._training = self._make_streams()
+        check_disk(
+            spec.codecs, {cut: middle.crossing(cut, gradients=False) for cut in CUTS}, self._disk_limit
+        )
+        self._resources.callback(self._training.close)
         if middle.needs_weights:
             self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
         await self._connection.send(
@@ -110,10 +115,7 @@ class Session:
         )
 
     def _make_streams(self) -> Streams:
-        try:
-            return Streams.make(self._spec.codecs, self._middle.max_bytes())
-        except SpecError as error:
-            raise UserError(str(error)) from error
+        return Streams.make(self._spec.codecs, self._middle.max_bytes())
 
     async def _take(self, message: Message) -> None:
         match message:
@@ -241,11 +243,23 @@ class Session:
             raise RemoteProtocolError(f"commit of step {message.step} came before its last gradient had left")
         await passing.driving
         self._passing = None
-        applied = self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale)
+        applied = [
+            self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale),
+            *self._settle(applied=True),
+        ]
         self._tasks.create_task(self._confirm(passing, applied))
 
-    async def _confirm(self, passing: Passing, applied: asyncio.Future[None]) -> None:
-        await applied  # the next step may have begun meanwhile
+    def _settle(self, *, applied: bool) -> list[asyncio.Future[None]]:
+        """End a step for training's codecs, on the lanes that use them: after what is queued there."""
+        what = "commit" if applied else "rollback"
+        return [
+            self._lanes.run(lane, what, stream.commit if applied else stream.rollback)
+            for lane, streams in ((ENCODE, self._training.encoders), (DECODE, self._training.decoders))
+            for stream in streams.values()
+        ]
+
+    async def _confirm(self, passing: Passing, applied: Sequence[asyncio.Future[None]]) -> None:
+        await asyncio.gather(*applied)  # the next step may have begun meanwhile
         detail: dict[str, Any] = {
             "busy_s": {
                 lane: seconds - passing.busy_before_s[lane] for lane, seconds in self._busy_s().items()
@@ -262,7 +276,8 @@ class Session:
         self._training_step(message, "abort")
         self._aborted = message.step
         self._cancel_step()
-        await self._lanes.run(COMPUTE, "rollback", self._middle.rollback)
+        undone = [self._lanes.run(COMPUTE, "rollback", self._middle.rollback), *self._settle(applied=False)]
+        await asyncio.gather(*undone)
 
     def _training_step(self, message: Commit | Abort, what: str) -> Passing:
         passing = self._passing

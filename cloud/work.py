@@ -13,8 +13,10 @@ from cloud.passing import Passing
 from common.errors import IsthmusError
 from common.schedule import Action
 from common.seeding import derive_seed
+from wire.codecs.base import NOTHING_KNOWN, Facts
+from wire.errors import CorruptPayload
 from wire.messages import Backward, Forward
-from wire.streams import Encodings
+from wire.streams import IDS, Encodings, facts_of
 
 
 class Work:
@@ -34,13 +36,22 @@ class Work:
     def decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
         """Decode and check a chunk's tensors, onto the device."""
         infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
-        decoder, sizes = passing.codecs.decoders[cut], passing.sizes
+        names = [info.name for info in infos]
+        decoder, sizes, facts = passing.codecs.decoders[cut], passing.sizes, passing.facts
+        is_forward = isinstance(message, Forward)
+        if is_forward and passing.codecs.uses_ids and not passing.evaluate:
+            names.insert(0, IDS)
 
         def work() -> tuple[Tensor, ...]:
-            tensors = decoder.decode(message, [info.name for info in infos], device=self._middle.stage.device)
+            known = None if is_forward else facts.get(message.chunk, NOTHING_KNOWN)
+            tensors = decoder.decode(message, names, device=self._middle.stage.device, facts=known)
+            if is_forward:
+                facts[message.chunk] = facts_of(tensors)
+            tensors.pop(IDS, None)
             for info, tensor in zip(infos, tensors.values(), strict=True):
-                known = sizes.get(message.chunk, UNKNOWN)
-                sizes[message.chunk] = self._middle.check(info, tensor, known)
+                seen = sizes.get(message.chunk, UNKNOWN)
+                sizes[message.chunk] = self._middle.check(info, tensor, seen)
+            _check_ids(facts.get(message.chunk), sizes.get(message.chunk, UNKNOWN).samples)
             return tuple(tensors.values())
 
         return self._streams.decode(work)
@@ -66,12 +77,19 @@ class Work:
     ) -> Encodings:
         """Encode an action's results, into host memory."""
         seed = derive_seed(self._seed, passing.step, action.chunk, f"cut{cut}.{action.what}")
-        encoder = passing.codecs.encoders[cut]
+        encoder, facts = passing.codecs.encoders[cut], passing.facts[action.chunk]
 
         def work(tensors: tuple[Tensor, ...]) -> Encodings:
-            return encoder.encode(dict(zip(names, tensors, strict=True)), seed=seed)
+            return encoder.encode(dict(zip(names, tensors, strict=True)), seed=seed, facts=facts)
 
         return self._streams.encode(work, placed)
+
+
+def _check_ids(facts: Facts | None, samples: int | None) -> None:
+    if facts is None or facts.ids is None or samples is None:
+        return
+    if len(facts.ids) != samples:
+        raise CorruptPayload(f"a chunk of {samples} samples came with {len(facts.ids)} sample ids")
 
 
 @contextmanager

@@ -49,6 +49,9 @@ _TRAIN_OPTIONS = (
     _option(
         "--padding", "Pad texts to the longest of a chunk, or to --max-length.", type=click.Choice(PADDINGS)
     ),
+    click.option(
+        "--ragged/--no-ragged", default=True, show_default=True, help="Do not send the padding of texts."
+    ),
     _option("--num-classes", "Outputs of the classifier.  [default: the data set's]", type=int),
     _option(
         "--compress",

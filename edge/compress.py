@@ -7,7 +7,9 @@ wins over the wider.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from common.bottleneck import KINDS, parse_bottleneck
 from common.errors import UserError
@@ -15,8 +17,10 @@ from common.propagate import TensorInfo
 from common.spec import CUTS, STREAMS
 from wire.codecs.base import Role
 from wire.codecs.layout import TensorType
+from wire.codecs.ragged import Ragged
 from wire.codecs.registry import codec_class
-from wire.codecs.spec import NONE, check_chain, spell_chain, split_chain
+from wire.codecs.spec import NONE, StageSpec, check_chain, spell_chain, split_chain
+from wire.streams import uses_ids
 
 BOTTLENECKS = tuple(KINDS)
 _WHOLE_CUTS = ("", "cut1", "cut2")
@@ -67,6 +71,47 @@ def parse_compress(texts: Sequence[str]) -> Compression:
     return Compression(bottlenecks=(bottlenecks[0], bottlenecks[1]), codecs=codecs)
 
 
+def with_ragged(compression: Compression, cut1: Sequence[TensorInfo]) -> Compression:
+    """Leave padding out of every stream, where a mask crosses cut 1 that tells it from tokens.
+
+    Args:
+        compression: what was asked for.
+        cut1: what crosses cut 1.
+    """
+    if not any(map(_is_mask, cut1)):
+        return compression
+    first = StageSpec(Ragged.name)
+    chains = {stream: split_chain(chain) for stream, chain in compression.codecs.items()}
+    return replace(
+        compression,
+        codecs={
+            stream: spell_chain(chain if first in chain else (first, *chain))
+            for stream, chain in chains.items()
+        },
+    )
+
+
+def _is_mask(info: TensorInfo) -> bool:
+    return info.dtype == torch.bool and info.rows == 1 and len(info.shape) == 1
+
+
+def check_repetition(compression: Compression, *, varied: bool) -> None:
+    """Check that samples come again as they were, where a codec counts on it.
+
+    Args:
+        compression: what was asked for.
+        varied: whether training samples are varied at random.
+
+    Raises:
+        UserError: they do not.
+    """
+    if varied and uses_ids(compression.codecs):
+        raise UserError(
+            "--compress delta sends what has changed of a sample since the last epoch, and training images are flipped "
+            "and shifted at random: give --no-augment"
+        )
+
+
 def check_fit(compression: Compression, crossing: Sequence[Sequence[TensorInfo]], chunk: int) -> None:
     """Check that each codec can do something for the tensors that it is for.
 
@@ -79,17 +124,32 @@ def check_fit(compression: Compression, crossing: Sequence[Sequence[TensorInfo]]
         UserError: a codec's arguments fit none of a cut's floating-point tensors.
     """
     for cut, infos in zip(CUTS, crossing, strict=True):
-        types = [
+        dense = [
             TensorType(info.dtype, info.batched(chunk)) for info in infos if info.dtype.is_floating_point
         ]
         for stream, chain in compression.codecs.items():
+            types = dense
             if not types or not stream.startswith(f"cut{cut}."):
                 continue
             for stage in split_chain(chain):
                 codec = codec_class(stage.name)(stage.args, Role.ACTIVATION)
+                if isinstance(codec, Ragged):
+                    if not any(map(_is_mask, crossing[0])):
+                        raise UserError(
+                            f"--compress {stage} does nothing at cut {cut}: it drops padding of texts, and no mask "
+                            "crosses cut 1 that says where some is"
+                        )
+                    types = [_all_tokens(whole) for whole in types]
                 misfits = [codec.misfit(whole) for whole in types]
                 if all(misfits):
                     raise UserError(f"--compress {stage} does nothing at cut {cut}: {misfits[0]}")
+
+
+def _all_tokens(whole: TensorType) -> TensorType:
+    """What `ragged` makes of a chunk at most."""
+    if len(whole.shape) < 2:
+        return whole
+    return TensorType(whole.dtype, (1, whole.shape[0] * whole.shape[1], *whole.shape[2:]))
 
 
 def _place(text: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ class TrainConfig:
         image_size: side of the images in pixels; None for the model's own.
         max_length: the most tokens of a text; None for 128.
         padding: ``longest`` pads the texts of a chunk to the longest of them, ``max`` to `max_length`.
+        ragged: leave the padding of texts out of what crosses.
         num_classes: of the classifier; None for the data set's.
         compress: values of ``--compress``; one of them may stand without a tuple.
         batch_size: samples a step.
@@ -64,6 +65,7 @@ class TrainConfig:
     image_size: int | None = None
     max_length: int | None = None
     padding: str = "longest"
+    ragged: bool = True
     num_classes: int | None = None
     compress: tuple[str, ...] | str = ("none",)
     batch_size: int = 64

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from common.lanes import Lanes
+from common.lanes import DECODE, ENCODE, Lanes
 from common.memory_format import FORMATS
 from common.partition import Split
 from common.propagate import TensorInfo
 from common.stage import Stage
 from edge.job import Job
 from edge.link import Link
-from wire.streams import StreamDecoder, StreamEncoder
+from wire.streams import StreamDecoder, StreamEncoder, uses_ids
 
 
 @dataclass(kw_only=True)
@@ -76,6 +76,7 @@ class Context:
         max_bytes: the largest tensor that a chunk may bring.
         encoders: of training, by cut: activations at cut 1, gradients at cut 2.
         decoders: of training, by cut: gradients at cut 1, activations at cut 2.
+        uses_ids: whether the chunks of a training step take their samples' ids along.
     """
 
     link: Link
@@ -89,11 +90,13 @@ class Context:
     max_bytes: int
     encoders: dict[int, StreamEncoder] = field(init=False)
     decoders: dict[int, StreamDecoder] = field(init=False)
+    uses_ids: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Make the streams of training."""
         self.encoders = {1: self.encoder("cut1.act"), 2: self.encoder("cut2.grad")}
         self.decoders = {1: self.decoder("cut1.grad"), 2: self.decoder("cut2.act")}
+        self.uses_ids = uses_ids(self.codecs)
 
     def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
         """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
@@ -111,6 +114,24 @@ class Context:
     def encoder(self, stream: str) -> StreamEncoder:
         """Make an encoder with fresh state for a stream of `common.spec.STREAMS`."""
         return StreamEncoder(self.codecs[stream], gradient=stream.endswith("grad"))
+
+    async def settle(self, *, applied: bool) -> None:
+        """End a step for training's codecs, each on its lane: they keep what they have learnt, or forget it."""
+        for lane, stream in self._streams():
+            if applied:
+                await self.lanes.run(lane, "commit", stream.commit)
+            else:
+                await self.lanes.run(lane, "rollback", stream.rollback)
+
+    def close(self) -> None:
+        """End the lanes, and give up what codecs keep on disk."""
+        self.lanes.close()
+        for _, stream in self._streams():
+            stream.close()
+
+    def _streams(self) -> list[tuple[str, StreamEncoder | StreamDecoder]]:
+        encoders, decoders = self.encoders.values(), self.decoders.values()
+        return [*((ENCODE, stream) for stream in encoders), *((DECODE, stream) for stream in decoders)]
 
     def decoder(self, stream: str) -> StreamDecoder:
         """Make a decoder with fresh state for a stream of `common.spec.STREAMS`."""

@@ -17,7 +17,7 @@ from common.partition import Split, preset_cuts, split
 from common.propagate import TensorInfo
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
-from edge.compress import check_fit, parse_compress
+from edge.compress import check_fit, check_repetition, parse_compress, with_ragged
 from edge.config import TrainConfig
 from edge.data.datasets import open_dataset
 from edge.data.loader import batch_count
@@ -75,6 +75,7 @@ def prepare(config: TrainConfig) -> Job:
         SpecError: a ``--compress`` that does not parse.
     """
     compression = parse_compress(config.compress)
+    check_repetition(compression, varied=config.augment and not text_models.is_text(config.model))
     samples, model_spec = _open(config)
     model = build_model(model_spec)
     inputs = model_inputs(model_spec)
@@ -83,6 +84,8 @@ def prepare(config: TrainConfig) -> Job:
         _check_smallest_chunk(model, config, inputs, samples=samples.train_size, steps=total_steps)
     cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model, model)
     parts = with_bottleneck(split(model, cuts, inputs), compression.bottlenecks, seed=config.seed)
+    if config.ragged:
+        compression = with_ragged(compression, parts.cut1)
     check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
     if any(compression.bottlenecks):
         first = samples.first(START_SAMPLES)

@@ -7,7 +7,6 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,9 +19,10 @@ from common.lanes import COMPUTE, DECODE, ENCODE
 from common.schedule import Action, Schedule
 from common.seeding import derive_seed
 from edge.context import Context, Score
+from wire.codecs.base import NOTHING_KNOWN, Facts
 from wire.errors import CorruptPayload, RemoteProtocolError
 from wire.messages import Backward, Forward
-from wire.streams import Encodings, chunk_message
+from wire.streams import IDS, Encodings, chunk_message, facts_of
 
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ class Pass:
         self.score = Score()
         self.arrived: dict[Action, tuple[Tensor, ...]] = {}
         self.held: dict[int, tuple[Tensor, ...]] = {}  # what the front keeps for the back, by chunk
+        self.facts: dict[int, Facts] = {}  # what both ends know of the chunks under way
         self.encoders = context.encoders
         self.decoders = context.decoders
         self._failed = False
@@ -86,6 +87,10 @@ class Pass:
         """Return how many tokens a chunk's samples are padded to; None for images."""
         raise NotImplementedError
 
+    def sample_ids(self, chunk: int) -> Tensor | None:
+        """Return the ids of a chunk's samples, int64 ``[n]``, where its codecs are to know them."""
+        return None
+
     def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
         """Return the action that a message makes possible, and the cut that it came through."""
         raise NotImplementedError
@@ -108,7 +113,11 @@ class Pass:
 
     def _decode(self, message: Forward | Backward, cut: int) -> tuple[Tensor, ...]:
         infos = self.context.crossing(cut, gradients=isinstance(message, Backward))
-        tensors = self.decoders[cut].decode(message, [info.name for info in infos])
+        names = [info.name for info in infos]
+        # What comes through cut 1, or in an evaluation, is the last of its chunk.
+        known = self.facts.pop if cut == 1 or self.evaluate else self.facts.get
+        facts = known(message.chunk, None) or NOTHING_KNOWN
+        tensors = self.decoders[cut].decode(message, names, facts=facts)
         for info, tensor in zip(infos, tensors.values(), strict=True):
             expected = info.batched(self.samples(message.chunk), self.tokens(message.chunk))
             if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, expected):
@@ -125,10 +134,19 @@ class Pass:
     def send(self, action: Action, cut: int, tensors: Sequence[Tensor]) -> None:
         """Encode and send an action's results in the background, in the order of the calls."""
         names = [info.name for info in self.context.crossing(cut, gradients=action.backward)]
+        named = dict(zip(names, tensors, strict=True))
+        ids = self.sample_ids(action.chunk) if cut == 1 else None
+        if ids is not None:
+            named = {IDS: ids, **named}
+        encoding = self.context.lanes.run(ENCODE, str(action), self._encode, action, cut, named)
+        self._tasks.create_task(self._send(action, list(named), encoding))
+
+    def _encode(self, action: Action, cut: int, tensors: dict[str, Tensor]) -> Encodings:
         seed = derive_seed(self.context.seed, self.step, action.chunk, f"cut{cut}.{action.what}")
-        encode = partial(self.encoders[cut].encode, dict(zip(names, tensors, strict=True)), seed=seed)
-        encoding = self.context.lanes.run(ENCODE, str(action), encode)
-        self._tasks.create_task(self._send(action, names, encoding))
+        if cut == 1:
+            self.facts[action.chunk] = facts_of(tensors)
+        facts = self.facts.get(action.chunk, NOTHING_KNOWN)
+        return self.encoders[cut].encode(tensors, seed=seed, facts=facts)
 
     async def _send(self, action: Action, names: list[str], encoding: asyncio.Future[Encodings]) -> None:
         step, chunk, backward, evaluate = self.step, action.chunk, action.backward, self.evaluate
@@ -147,15 +165,23 @@ class TrainingPass(Pass):
         inputs: what the front takes of the batch, cut as `torch.chunk` cuts.
         labels: ``[B]``.
         chunks: how many chunks.
+        sample_ids: int64 ``[B]``; needed where ``context.uses_ids``.
     """
 
     def __init__(
-        self, context: Context, step: int, inputs: tuple[Tensor, ...], labels: Tensor, chunks: int
+        self,
+        context: Context,
+        step: int,
+        inputs: tuple[Tensor, ...],
+        labels: Tensor,
+        chunks: int,
+        sample_ids: Tensor | None = None,
     ) -> None:
         super().__init__(context, step)
         cut = zip(*(tensor.chunk(chunks) for tensor in inputs), strict=True)
         self.inputs = [context.trim(chunk) for chunk in cut]
         self.labels = labels.chunk(chunks)
+        self._ids = sample_ids.chunk(chunks) if sample_ids is not None and context.uses_ids else None
         self.middle_norm_sq = math.nan
         self._samples = len(labels)
         self._held_gradients: dict[int, tuple[Tensor | None, ...]] = {}
@@ -172,6 +198,10 @@ class TrainingPass(Pass):
     def tokens(self, chunk: int) -> int | None:
         """See `Pass.tokens`."""
         return self.context.tokens(self.inputs[chunk])
+
+    def sample_ids(self, chunk: int) -> Tensor | None:
+        """See `Pass.sample_ids`."""
+        return None if self._ids is None else self._ids[chunk]
 
     def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
         """See `Pass.incoming`."""

@@ -35,7 +35,14 @@ class Pipeline:
         self._skip_overflow = skip_overflow
 
     async def train(
-        self, step: int, inputs: tuple[Tensor, ...], labels: Tensor, *, chunks: int, depth: int
+        self,
+        step: int,
+        inputs: tuple[Tensor, ...],
+        labels: Tensor,
+        *,
+        chunks: int,
+        depth: int,
+        sample_ids: Tensor | None = None,
     ) -> tuple[Score, bool]:
         """Train on one batch.
 
@@ -45,6 +52,7 @@ class Pipeline:
             labels: ``[B]``, int64.
             chunks: how many chunks to cut it into, as `torch.chunk` does.
             depth: the most chunks in flight.
+            sample_ids: ``[B]``, int64, the same for a sample in every epoch.
 
         Returns:
             The score, and whether the step was applied; it is not where fp16 overflowed.
@@ -54,7 +62,7 @@ class Pipeline:
             WireError: the link failed.
         """
         context = self._context
-        this = TrainingPass(context, step, inputs, labels, chunks)
+        this = TrainingPass(context, step, inputs, labels, chunks, sample_ids)
         await context.link.send(Begin(step=step, chunks=this.count, evaluate=False))
         await context.lanes.run(COMPUTE, "begin", self._begin)
         try:
@@ -71,6 +79,7 @@ class Pipeline:
         scale = clip_scale(norm_sq, self._clip_norm)
         await context.link.commit(Commit(step=step, scale=scale))
         await context.lanes.run(COMPUTE, "commit", self._commit, scale)
+        await context.settle(applied=True)
         return this.score, True
 
     async def evaluate(self, step: int, chunks: int, fetch: FetchChunk, *, depth: int) -> Score:
@@ -94,6 +103,7 @@ class Pipeline:
     async def _undo(self, step: int, reason: str) -> None:
         await self._context.link.abort(Abort(step=step, reason=reason))
         await self._context.lanes.run(COMPUTE, "rollback", self._rollback)
+        await self._context.settle(applied=False)
 
     def _rollback(self) -> None:
         self._context.front.rollback()

@@ -118,6 +118,7 @@ class Trainer:
             self._metrics = resources.enter_context(writer)
         self._link.on_committed = self._on_committed
         self._context = build_context(job, self._link, self._lanes, ready.memory_format)
+        resources.callback(self._context.close)
         self._pipeline = Pipeline(
             self._context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16"
         )
@@ -170,6 +171,7 @@ class Trainer:
             batch.labels,
             chunks=config.chunks,
             depth=self._tuner.plan.depth,
+            sample_ids=batch.sample_ids,
         )
         await self._tune()
         if not applied:

@@ -12,7 +12,8 @@
     │   └── CorruptPayload      the payload does not fit its description
     ├── PeerError               the peer sent an `error` message
     ├── ConnectionLost          the connection ended
-    └── ConnectFailed           the connection was never made
+    ├── ConnectFailed           the connection was never made
+    └── StorageFailed           what a codec keeps on disk cannot be kept
     SpecError (a ValueError)    a compression spec does not parse
 
 Every message is one line that says what happened and, where somebody can act, what to do.
@@ -151,6 +152,22 @@ class ConnectFailed(WireError):
     def __init__(self, host: str, port: int, reason: str) -> None:
         self.host, self.port, self.reason = host, port, reason
         super().__init__(f"cannot connect to {host}:{port}: {reason}")
+
+
+class StorageFailed(WireError):
+    """What a codec keeps on disk cannot be kept.
+
+    Args:
+        folder: where it is kept.
+        reason: why not, in one line.
+    """
+
+    def __init__(self, folder: str, reason: str) -> None:
+        self.folder, self.reason = folder, reason
+        super().__init__(
+            f"what delta keeps of the samples cannot be kept in {folder}: {reason}; free some space there, set TMPDIR"
+            " to a folder on another disk, or give delta a lower limit"
+        )
 
 
 class SpecError(ValueError):

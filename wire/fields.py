@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from wire.buffers import ALIGNMENT
+from wire.errors import CorruptPayload
 
 __all__ = [
     "Code",
@@ -30,6 +31,7 @@ __all__ = [
     "Step",
     "Versions",
     "fits",
+    "payload_size",
 ]
 
 MAX_ITEMS = 65_536
@@ -109,6 +111,17 @@ def fits(descs: Sequence[Desc], nbytes: int) -> bool:
         nbytes: length of the payload.
     """
     return nbytes == sum(size + -size % ALIGNMENT for size in _leaf_sizes(descs))
+
+
+def payload_size(desc: Any) -> int:
+    """Return how many bytes of payload a tensor takes, padding included, as far as its description says.
+
+    Raises:
+        CorruptPayload: that is none.
+    """
+    if not _is_desc(desc):
+        raise CorruptPayload("a tensor's description is malformed")
+    return sum(size + -size % ALIGNMENT for size in _leaf_sizes([desc]))
 
 
 def _leaf_sizes(descs: Sequence[Desc]) -> list[int]:

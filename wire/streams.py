@@ -1,25 +1,117 @@
 """Named tensors to messages and back: the streams of one cut and direction, and state dicts."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from wire.codecs.base import NonFiniteTensor, Role
-from wire.codecs.chain import Decoder, Encoded, Encoder
+from wire.codecs.base import NOTHING_KNOWN, Facts, NonFiniteTensor, Role
+from wire.codecs.chain import Chain, Decoder, Encoded, Encoder
+from wire.codecs.registry import codec_class
 from wire.codecs.spec import parse_chain
 from wire.errors import CorruptPayload
+from wire.fields import payload_size
 from wire.messages import Backward, Forward, Weights
 
 Encodings: TypeAlias = tuple[list[dict[str, Any]], list[memoryview]]
 """The descriptions and the payload's buffers of some tensors, as a message takes them."""
 
+C = TypeVar("C", Encoder, Decoder)
+
+IDS = "sample ids"
+"""The name under which a chunk's ids, int64 `[B]`, cross; no tensor of a model has a space in its name."""
+
+_MOST_IDS = 1 << 16
 _WEIGHTS_MESSAGE_BYTES = 4 << 20
 
 
-class StreamEncoder:
-    """Encodes what crosses one cut in one direction; each named tensor is a stream with its own codec state.
+def uses_ids(chains: Mapping[str, str]) -> bool:
+    """Whether chunks have to bring their samples' ids with them.
+
+    Args:
+        chains: of the streams; those whose names end in ``grad`` carry gradients.
+    """
+    return any(
+        codec_class(stage.name)(stage.args, _role(name.endswith("grad"))).uses_ids
+        for name, chain in chains.items()
+        for stage in parse_chain(chain)
+    )
+
+
+def disk_bytes(chain: str, *, gradient: bool) -> int:
+    """Return the most bytes that either end of a stream keeps on disk for each tensor that crosses."""
+    stages = parse_chain(chain)
+    return sum(codec_class(stage.name)(stage.args, _role(gradient)).disk_bytes for stage in stages)
+
+
+def facts_of(tensors: Mapping[str, Tensor]) -> Facts:
+    """What the tensors of cut 1 say of their chunk, to both ends.
+
+    Args:
+        tensors: by name: the ids are those under `IDS`; the first other one that is bool, `[B, S]`, is the mask,
+            true where a token is.
+
+    Raises:
+        CorruptPayload: the ids are none.
+    """
+    ids, known = tensors.get(IDS), None
+    if ids is not None:
+        if ids.dtype != torch.int64 or ids.dim() != 1 or bool((ids < 0).any()):
+            raise CorruptPayload(f"the sample ids came as {ids.dtype} {list(ids.shape)}, not int64 from 0")
+        known = tuple(ids.tolist())
+    mask = next((tensor for name, tensor in tensors.items() if name != IDS and _is_mask(tensor)), None)
+    return Facts(known, None if mask is None else mask.cpu())
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bool and tensor.dim() == 2
+
+
+def _role(gradient: bool) -> Role:
+    return Role.GRADIENT if gradient else Role.ACTIVATION
+
+
+class Stream(Generic[C]):
+    """One end of what crosses one cut in one direction; each named tensor has codecs with a state of their own.
+
+    What they learn in a step is part of the step: it is kept with `commit` and forgotten with `rollback`.
+
+    Args:
+        chain: the codec chain, such as ``int8+lz4``.
+        gradient: whether it carries gradients (stochastic rounding) or activations.
+        make: makes one named tensor's codecs.
+    """
+
+    def __init__(self, chain: str, gradient: bool, make: Callable[[Chain, Role], C]) -> None:
+        self._make: Callable[[], C] = partial(make, parse_chain(chain), _role(gradient))
+        self._coders: dict[str, C] = {}
+
+    def _of(self, name: str) -> C:
+        if name not in self._coders:
+            self._coders[name] = self._make()
+        return self._coders[name]
+
+    def commit(self) -> None:
+        """Keep what the codecs have learnt since the last commit."""
+        for coder in self._coders.values():
+            coder.commit()
+
+    def rollback(self) -> None:
+        """Forget what the codecs have learnt since the last commit."""
+        for coder in self._coders.values():
+            coder.rollback()
+
+    def close(self) -> None:
+        """Give up what the codecs keep, on disk too; the stream is not used again."""
+        for coder in self._coders.values():
+            coder.close()
+
+
+class StreamEncoder(Stream[Encoder]):
+    """Encodes what crosses one cut in one direction.
 
     Args:
         chain: the codec chain, such as ``int8+lz4``.
@@ -27,12 +119,10 @@ class StreamEncoder:
     """
 
     def __init__(self, chain: str, *, gradient: bool) -> None:
-        self._chain = parse_chain(chain)
-        self._role = Role.GRADIENT if gradient else Role.ACTIVATION
-        self._encoders: dict[str, Encoder] = {}
-        self._raw = Encoder(parse_chain("none"), self._role)
+        super().__init__(chain, gradient, Encoder)
+        self._raw = Encoder(parse_chain("none"), _role(gradient))
 
-    def encode(self, tensors: Mapping[str, Tensor], *, seed: int) -> Encodings:
+    def encode(self, tensors: Mapping[str, Tensor], *, seed: int, facts: Facts = NOTHING_KNOWN) -> Encodings:
         """Encode one chunk's tensors.
 
         A tensor that is not finite is sent raw, so that NaN arrives as NaN and the loss shows it.
@@ -40,25 +130,24 @@ class StreamEncoder:
         Args:
             tensors: by name.
             seed: of stochastic rounding.
+            facts: of the chunk; at cut 1, where they cross for the first time, what `facts_of` returns.
         """
         descs: list[dict[str, Any]] = []
         buffers: list[memoryview] = []
         for index, (name, tensor) in enumerate(tensors.items()):
-            encoded = self._encode(name, tensor, seed + index)
+            encoded = self._encode(name, tensor, seed + index, facts)
             descs.append(encoded.desc)
             buffers.extend(encoded.buffers)
         return descs, buffers
 
-    def _encode(self, name: str, tensor: Tensor, seed: int) -> Encoded:
-        if name not in self._encoders:
-            self._encoders[name] = Encoder(self._chain, self._role)
+    def _encode(self, name: str, tensor: Tensor, seed: int, facts: Facts) -> Encoded:
         try:
-            return self._encoders[name].encode(tensor, seed=seed)
+            return (self._raw if name == IDS else self._of(name)).encode(tensor, seed=seed, facts=facts)
         except NonFiniteTensor:
             return self._raw.encode(tensor, seed=seed)
 
 
-class StreamDecoder:
+class StreamDecoder(Stream[Decoder]):
     """Decodes what a `StreamEncoder` of the same chain and direction made.
 
     Args:
@@ -68,13 +157,16 @@ class StreamDecoder:
     """
 
     def __init__(self, chain: str, *, gradient: bool, max_bytes: int) -> None:
-        self._chain = parse_chain(chain)
-        self._role = Role.GRADIENT if gradient else Role.ACTIVATION
-        self._max_bytes = max_bytes
-        self._decoders: dict[str, Decoder] = {}
+        super().__init__(chain, gradient, partial(Decoder, max_bytes=max_bytes))
+        self._ids = Decoder(parse_chain("none"), _role(gradient), max_bytes=8 * _MOST_IDS)
 
     def decode(
-        self, message: Forward | Backward, names: Sequence[str], *, device: torch.device | None = None
+        self,
+        message: Forward | Backward,
+        names: Sequence[str],
+        *,
+        device: torch.device | None = None,
+        facts: Facts | None = None,
     ) -> dict[str, Tensor]:
         """Decode a message's tensors.
 
@@ -82,6 +174,8 @@ class StreamDecoder:
             message: as received.
             names: the names it must carry, in order.
             device: where the tensors are wanted; the CPU unless given.
+            facts: of the chunk; None at cut 1, where the message itself brings them: `facts_of` what this
+                returns says the same.
 
         Raises:
             CorruptPayload: other names, or a payload that does not fit its description.
@@ -90,15 +184,24 @@ class StreamDecoder:
             raise CorruptPayload(
                 f"a {message.kind} message carries {list(message.names)[:4]}, not {list(names)[:4]}"
             )
+        offsets = list(accumulate(map(payload_size, message.tensors), initial=0))
+        spans = list(zip(message.names, message.tensors, offsets, strict=False))
+        if facts is None:
+            # What says how others are to be read is read first, wherever it stands.
+            spans.sort(key=lambda span: span[0] != IDS and not _describes_mask(span[1]))
         tensors: dict[str, Tensor] = {}
-        offset = 0
-        for name, desc in zip(message.names, message.tensors, strict=True):
-            if name not in self._decoders:
-                self._decoders[name] = Decoder(self._chain, self._role, max_bytes=self._max_bytes)
-            tensors[name], offset = self._decoders[name].decode(
-                desc, message.payload, offset=offset, device=device
+        for name, desc, offset in spans:
+            if facts is None and name != IDS and not _describes_mask(desc):
+                facts = facts_of(tensors)
+            tensors[name], _ = (self._ids if name == IDS else self._of(name)).decode(
+                desc, message.payload, offset=offset, device=device, facts=facts or NOTHING_KNOWN
             )
-        return tensors
+        return {name: tensors[name] for name in names}
+
+
+def _describes_mask(desc: Mapping[str, Any]) -> bool:
+    shape = desc.get("shape")
+    return desc.get("dtype") == "bool" and isinstance(shape, list | tuple) and len(shape) == 2
 
 
 def chunk_message(

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from cloud.streams import Streams
+from cloud.streams import Streams, check_disk
+from common.errors import UserError
+from common.propagate import TensorInfo
 from common.spec import STREAMS
-from wire.errors import CorruptPayload, SpecError
+from wire.errors import CorruptPayload
 from wire.streams import StreamDecoder, StreamEncoder, chunk_message
 
 CHAINS = {"cut1.act": "fp16", "cut1.grad": "int8", "cut2.act": "none", "cut2.grad": "int8+lz4"}
@@ -73,7 +75,7 @@ def test_a_chain_other_than_the_agreed_one_is_refused():
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_a_chain_that_this_side_does_not_know_is_refused(stream):
-    with pytest.raises(SpecError, match="unknown codec 'int9'"):
+    with pytest.raises(UserError, match="unknown codec 'int9'"):
         Streams.make({**CHAINS, stream: "int9"}, 1 << 20)
 
 
@@ -82,3 +84,15 @@ def test_each_call_makes_fresh_ends():
     assert not {id(end) for end in (*one.encoders.values(), *one.decoders.values())} & {
         id(end) for end in (*other.encoders.values(), *other.decoders.values())
     }
+
+
+def test_disk_that_a_job_may_take_is_bounded_over_all_that_crosses():
+    maps = [TensorInfo(name=name, shape=(8, 4, 4)) for name in "ab"]
+    crossing = {1: maps, 2: [maps[0], TensorInfo(name="mask", shape=(4,), dtype=torch.bool)]}
+    codecs = {**dict.fromkeys(STREAMS, "delta:limit=100M+int4"), "cut2.act": "delta:limit=1G+int8"}
+    check_disk(codecs, crossing, (1024 + 200) << 20)
+    check_disk(dict.fromkeys(STREAMS, "int8"), crossing, 0)
+    with pytest.raises(
+        UserError, match=r"1.2 GiB on the server's disk, where a client may have 1: give delta a lower"
+    ):
+        check_disk(codecs, crossing, 1 << 30)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.propagate import TensorInfo
 from common.spec import STREAMS
-from edge.compress import BOTTLENECKS, check_fit, parse_compress
+from edge.compress import BOTTLENECKS, check_fit, parse_compress, with_ragged
 from wire.codecs.chain import parse_chain
 from wire.errors import SpecError
 
@@ -235,3 +235,34 @@ def test_a_rank_has_to_fit_one_tensor_of_a_cut():
     check_fit(compression, ([mask, narrow, wide], [mask]), chunk=8)
     with pytest.raises(UserError, match="cut 2"):
         check_fit(compression, ([mask, wide], [mask, narrow]), chunk=8)
+
+
+MASK = TensorInfo(name="attention_mask", shape=(128,), dtype=torch.bool)
+HIDDEN = TensorInfo(name="hidden", shape=(128, 64), requires_grad=True)
+TEXT = ((HIDDEN, MASK), (HIDDEN,))
+
+
+@pytest.mark.parametrize(
+    ("texts", "chain"),
+    [([], "ragged"), (["none"], "ragged"), (["int8"], "ragged+int8"), (["ragged+int8"], "ragged+int8")],
+)
+def test_texts_cross_without_padding_unless_they_have_none(texts, chain):
+    compression = parse_compress(texts)
+    assert with_ragged(compression, TEXT[0]).codecs == dict.fromkeys(STREAMS, chain)
+    for others in [(HIDDEN,), (HIDDEN, TensorInfo(name="m", shape=(4, 4), dtype=torch.bool))]:
+        assert with_ragged(compression, others) == compression
+
+
+def test_ragged_without_a_mask_is_refused():
+    compression = parse_compress(["cut2.act=ragged+int8"])
+    check_fit(compression, TEXT, 8)
+    with pytest.raises(UserError, match=r"--compress ragged does nothing at cut 2: .* no mask"):
+        check_fit(compression, ((HIDDEN,), (HIDDEN,)), 8)
+
+
+def test_rank_of_ragged_tokens_may_be_that_of_a_whole_chunk():
+    check_fit(parse_compress(["ragged+lowrank:60"]), TEXT, 8)
+    narrow = TensorInfo(name="hidden", shape=(4, 64))
+    with pytest.raises(UserError, match="4x64"):
+        check_fit(parse_compress(["lowrank:30"]), ((narrow, MASK), (narrow,)), 8)
+    check_fit(parse_compress(["ragged+lowrank:30"]), ((narrow, MASK), (narrow,)), 8)

@@ -8,7 +8,7 @@ import pytest
 from common.spec import STREAMS
 from tests.wire.test_golden import GOLDEN
 from wire.codecs.layout import DTYPES
-from wire.codecs.registry import codec_names
+from wire.codecs.registry import always_on, codec_names
 from wire.config import DEFAULT_LIMITS, PROTOCOL_VERSIONS, WireConfig
 from wire.errors import RemoteProtocolError
 from wire.frames import FRAME_FORMAT, HANDSHAKE_LIMITS, MAX_SPLIT
@@ -109,7 +109,7 @@ def test_types_and_codecs_are_all_described() -> None:
     (dtypes,) = [row[1] for row in table(tensors) if row[0] == "`dtype`"]
     assert quoted(dtypes) == list(DTYPES)
     headings = re.findall(r"^#### (.*)$", TEXT, re.MULTILINE)
-    assert {name for heading in headings for name in quoted(heading)} == set(codec_names())
+    assert {name for heading in headings for name in quoted(heading)} == {*codec_names(), *always_on()}
 
 
 def test_every_key_of_a_job_is_listed() -> None:

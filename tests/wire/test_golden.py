@@ -16,12 +16,12 @@ from torch import Tensor
 
 from common.spec import JobSpec
 from tests.wire.pair import ROOMY, as_sent, joined, read_frames
-from wire.codecs.registry import codec_names
+from wire.codecs.registry import always_on, codec_names
 from wire.codecs.spec import parse_chain
 from wire.frames import FrameReader
 from wire.messages import MESSAGE_TYPES, Message, Open
 from wire.serialize import decode, encode
-from wire.streams import StreamDecoder, StreamEncoder, WeightsReceiver
+from wire.streams import StreamDecoder, StreamEncoder, WeightsReceiver, facts_of
 
 GOLDEN = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").iterdir())
@@ -41,6 +41,11 @@ def message_of(golden: dict[str, Any]) -> Message:
     fields = dict(golden["message"])
     message_type = MESSAGE_TYPES[fields.pop("kind")]
     return message_type(**fields, **({"payload": payload_of(golden)} if "tensors" in golden else {}))
+
+
+def codecs_of(descs: list[dict[str, Any]]) -> set[str]:
+    nodes = [desc for desc in descs if "codec" in desc]
+    return {desc["codec"] for desc in nodes}.union(*(codecs_of(desc["parts"]) for desc in nodes))
 
 
 def tensors_of(golden: dict[str, Any], what: str) -> dict[str, Tensor]:
@@ -74,6 +79,8 @@ def test_there_is_a_frame_of_every_kind() -> None:
 def test_there_is_a_frame_of_every_codec() -> None:
     chains = {chain_of(golden) for golden in WITH_TENSORS.values()}
     assert {stage.name for chain in chains for stage in parse_chain(chain)} == set(codec_names())
+    described = set().union(*(codecs_of(golden["message"]["tensors"]) for golden in WITH_TENSORS.values()))
+    assert described == {*codec_names(), *always_on()}
     assert {"none", "int8+lz4", "int4:group=16", "int4:hadamard", "lowrank:2"} < chains
 
 
@@ -118,7 +125,9 @@ def test_tensors_come_out_as_these_values(golden: dict[str, Any]) -> None:
 def test_values_are_encoded_as_exactly_these_bytes(golden: dict[str, Any]) -> None:
     chain = chain_of(golden)
     gradient = golden["message"]["kind"] == "backward"
-    descs, buffers = StreamEncoder(chain, gradient=gradient).encode(tensors_of(golden, "given"), seed=0)
+    tensors = tensors_of(golden, "given")
+    encoder = StreamEncoder(chain, gradient=gradient)
+    descs, buffers = encoder.encode(tensors, seed=0, facts=facts_of(tensors))
     assert descs == golden["message"]["tensors"]
     assert joined(buffers).hex() == payload_of(golden).hex()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -29,6 +30,34 @@ class Role(Enum):
 
     ACTIVATION = "activation"
     GRADIENT = "gradient"
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What both ends know of a chunk while they encode and decode its tensors.
+
+    Attributes:
+        ids: of its samples, in their order; None where they are not known.
+        kept: bool `[B, S]` in host memory: which positions hold tokens; None where there is no such mask.
+    """
+
+    ids: tuple[int, ...] | None = None
+    kept: Tensor | None = None
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Where the tokens stand among all positions of a chunk with a mask: int64, ascending."""
+        assert self.kept is not None
+        return self.kept.reshape(-1).nonzero().view(-1)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens each sample of a chunk with a mask has."""
+        assert self.kept is not None
+        return tuple(self.kept.sum(1).tolist())
+
+
+NOTHING_KNOWN = Facts()
 
 
 class NonFiniteTensor(ValueError):
@@ -52,13 +81,15 @@ class Call:
 
     Attributes:
         seed: of all random choices, and nothing else is, so that a repeated step rounds alike.
+        facts: what the decoder knows, too.
     """
 
     seed: int
+    facts: Facts = NOTHING_KNOWN
 
     def child(self, part: int) -> Call:
-        """The call for the chain's next stage on the given part: the same choices, other random numbers."""
-        return Call(mixed(self.seed * 1024 + part + 1))
+        """The call for the chain's next stage on the given part: the same facts, other random numbers."""
+        return Call(mixed(self.seed * 1024 + part + 1), self.facts)
 
 
 def mixed(seed: int) -> int:
@@ -122,18 +153,37 @@ class Codec(ABC):
         name: how specs and descriptions call the codec.
         kind: "lossless" gives the same bits back, "lossy" keeps within `error_bound`.
         on_host: works in host memory, wherever the tensors are.
+        always: stands in front of every chain by itself, and in none that is written down.
+        exact: decodes to the same bits on every device.
+        mirrored: decoding changes its state. The encoder then decodes, too, what it has sent, so that both
+            ends keep the same state.
+        everywhere: one instance serves all places of a stream's tree.
         examples: arguments that are right, for the tests, which find codecs by the registry.
+        uses_ids: works better where the samples' ids are known.
+        disk_bytes: the most that an instance may keep on disk.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["lossless", "lossy"]]
     on_host: ClassVar[bool] = False
+    always: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+    mirrored: ClassVar[bool] = False
+    everywhere: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ("",)
+    uses_ids = False
+    disk_bytes = 0
 
     def __init__(self, args: str, role: Role) -> None:
         if args:
             raise ValueError(f"{self.name} takes no arguments")
         self.role = role
+        self._committed: dict[str, Any] = {}
+
+    @classmethod
+    def misplaced(cls, before: Sequence[type[Codec]], after: Sequence[type[Codec]]) -> str | None:
+        """Why the codec cannot stand between these others in a chain; None where it can."""
+        return None
 
     @abstractmethod
     def encode(self, x: Tensor, call: Call) -> Packed | None:
@@ -141,7 +191,7 @@ class Codec(ABC):
 
         Args:
             x: dense; not changed. The parts may share its memory.
-            call: where random choices come from.
+            call: where random choices come from, and what the decoder knows.
 
         Returns:
             The parts, or None, with state as it was, where the codec does not take the dtype or would not
@@ -152,15 +202,17 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def part_types(self, whole: TensorType, meta: Mapping[str, Any]) -> tuple[PartType, ...]:
+    def part_types(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts) -> tuple[PartType, ...]:
         """Declares what the parts of a tensor of type `whole` are, so that nothing else is ever decoded.
 
         Raises:
-            CorruptPayload: this codec never makes such `meta`, or never takes such a tensor.
+            CorruptPayload: this codec never makes such `meta`, or never takes such a tensor of such a chunk.
         """
 
     @abstractmethod
-    def decode(self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any]) -> Tensor:
+    def decode(
+        self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any], facts: Facts
+    ) -> Tensor:
         """Puts parts, which are of the types that `part_types` declared, together again.
 
         Returns:
@@ -194,9 +246,21 @@ class Codec(ABC):
         if state:
             raise ValueError(f"{self.name} keeps no state, and some was given")
 
-    def shrinks(self, whole: TensorType, meta: Mapping[str, Any]) -> bool:
+    def commit(self) -> None:
+        """The state that `rollback` goes back to is the present one from here on."""
+        self._committed = self.state_dict()
+
+    def rollback(self) -> None:
+        """Goes back to the state of the last `commit`, or where there was none, to that of a new stream."""
+        self.load_state_dict(self._committed)
+
+    def close(self) -> None:
+        """Gives up what the codec holds on to; it is not used again."""
+        self._committed = {}
+
+    def shrinks(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts = NOTHING_KNOWN) -> bool:
         """Whether the declared parts, padded, are smaller than the tensor."""
-        parts = self.part_types(whole, meta)
+        parts = self.part_types(whole, meta, facts)
         return sum(padded(part.type.nbytes) for part in parts) < padded(whole.nbytes)
 
 

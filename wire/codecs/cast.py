@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from wire.codecs.base import Call, Codec, Packed, Part, PartType, no_meta
+from wire.codecs.base import Call, Codec, Facts, Packed, Part, PartType, no_meta
 from wire.codecs.layout import TensorType, flat
 from wire.codecs.registry import register
 from wire.errors import CorruptPayload
@@ -42,14 +42,16 @@ class Cast(Codec):
             x = torch.where(x.isfinite(), x.clamp(-top, top), x)
         return Packed((Part(x.to(self.narrow), follow=True),))
 
-    def part_types(self, whole: TensorType, meta: Mapping[str, Any]) -> tuple[PartType, ...]:
+    def part_types(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts) -> tuple[PartType, ...]:
         """The same shape and order in the narrow dtype."""
         no_meta(self.name, meta)
         if not self._takes(whole.dtype):
             raise CorruptPayload(f"{self.name} never takes a tensor of {whole.dtype}")
         return (PartType(TensorType(self.narrow, whole.shape, whole.order), follow=True),)
 
-    def decode(self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any]) -> Tensor:
+    def decode(
+        self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any], facts: Facts
+    ) -> Tensor:
         """Casts back."""
         return parts[0].to(whole.dtype)
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wire.codecs.base import Call, Codec, Role
+from wire.codecs.base import NOTHING_KNOWN, Call, Facts, Role
 from wire.codecs.buffers import leaf_buffers, load_leaf
-from wire.codecs.desc import Leaf, Node, leaf_desc, node_desc, parse_desc
+from wire.codecs.desc import Leaf, leaf_desc, node_desc
 from wire.codecs.layout import TensorType, dense
-from wire.codecs.registry import codec_class
 from wire.codecs.spec import Chain, StageSpec, parse_chain, spell_chain
+from wire.codecs.stages import Stages, put_together
 from wire.errors import CorruptPayload
 
 if TYPE_CHECKING:
@@ -57,37 +57,6 @@ class Encoded:
     size: int
 
 
-class _Stages:
-    """The codec instances of one stream, one for each place in the tree, made when first needed."""
-
-    def __init__(self, chain: Chain, role: Role) -> None:
-        self.chain, self.role = chain, role
-        self._codecs: dict[str, Codec] = {}
-
-    def codec(self, index: int, path: str) -> Codec:
-        spec = self.chain[index]
-        key = f"{path}:{spec}"
-        if key not in self._codecs:
-            self._codecs[key] = codec_class(spec.name)(spec.args, self.role)
-        return self._codecs[key]
-
-    def state_dict(self) -> dict[str, Any]:
-        states = {key: codec.state_dict() for key, codec in self._codecs.items()}
-        return {key: state for key, state in states.items() if state}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        specs = {str(spec): index for index, spec in enumerate(self.chain)}
-        codecs: dict[str, Codec] = {}
-        for key, value in state.items():
-            spec = key.partition(":")[2]
-            if spec not in specs:
-                raise ValueError(f"codec state for {spec!r} does not belong to {spell_chain(self.chain)}")
-            stage = self.chain[specs[spec]]
-            codecs[key] = codec_class(stage.name)(stage.args, self.role)
-            codecs[key].load_state_dict(value)
-        self._codecs = codecs
-
-
 class Encoder:
     """Encodes one stream of tensors. One thread at a time uses it.
 
@@ -98,16 +67,17 @@ class Encoder:
     """
 
     def __init__(self, chain: Chain, role: Role, *, threads: int | None = None) -> None:
-        self._stages = _Stages(chain, role)
+        self._stages = Stages(chain, role)
         self._threads = threads
 
-    def encode(self, x: Tensor, *, seed: int) -> Encoded:
+    def encode(self, x: Tensor, *, seed: int, facts: Facts = NOTHING_KNOWN) -> Encoded:
         """Encodes a tensor, on the tensor's own device.
 
         Args:
             x: any shape, on any device, of a dtype that can cross. What is sent raw is not copied from host
                 memory, so `x` must not be changed in place until it is sent.
-            seed: of stochastic rounding; the same seed, state and tensor give the same bytes.
+            seed: of stochastic rounding; the same seed, state, facts and tensor give the same bytes.
+            facts: what the decoder will know of the chunk.
 
         Raises:
             NonFiniteTensor: a quantizer met NaN or infinity.
@@ -115,7 +85,7 @@ class Encoder:
         """
         leaves: list[Tensor] = []
         with torch.no_grad(), _torch_threads(self._threads):
-            desc = self._encode(dense(x), 0, "", Call(seed), leaves)
+            desc = self._encode(dense(x), 0, "", Call(seed, facts), leaves)
             buffers = leaf_buffers(leaves)
         return Encoded(desc, buffers, sum(map(len, buffers)))
 
@@ -123,9 +93,11 @@ class Encoder:
         chain = self._stages.chain
         whole = TensorType.of(x)
         for index in range(first, len(chain)):
-            packed = self._stages.codec(index, path).encode(x, call)
+            codec = self._stages.codec(index, path)
+            packed = codec.encode(x, call)
             if packed is None:
                 continue
+            sent_before = len(leaves)
             parts = [
                 self._encode(
                     dense(part.tensor),
@@ -136,9 +108,26 @@ class Encoder:
                 )
                 for number, part in enumerate(packed.parts)
             ]
-            return node_desc(chain[index].name, packed.meta, whole, parts)
+            desc = node_desc(codec.name, packed.meta, whole, parts)
+            if codec.mirrored:
+                self._mirror(desc, index, path, call.facts, leaves[sent_before:], x.device)
+            return desc
         leaves.append(x)
         return leaf_desc(whole)
+
+    def _mirror(
+        self,
+        desc: dict[str, Any],
+        first: int,
+        path: str,
+        facts: Facts,
+        leaves: list[Tensor],
+        device: torch.device,
+    ) -> None:
+        """Decodes what was just encoded, as the other end will, for the state that decoding leaves behind."""
+        tree = self._stages.parse(desc, MAX_TENSOR_BYTES, facts, first=first, path=path)
+        sent = iter(leaves)
+        put_together(tree, lambda leaf: next(sent), device, facts)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the stream's codecs; empty where none keeps any."""
@@ -151,6 +140,18 @@ class Encoder:
             ValueError: the state belongs to another chain.
         """
         self._stages.load_state_dict(state)
+
+    def commit(self) -> None:
+        """Makes the present state the one that `rollback` goes back to."""
+        self._stages.commit()
+
+    def rollback(self) -> None:
+        """Goes back to the state of the last `commit`, or of the beginning."""
+        self._stages.rollback()
+
+    def close(self) -> None:
+        """Gives up what codecs hold outside memory; nothing is coded after that."""
+        self._stages.close()
 
 
 class Decoder:
@@ -166,20 +167,26 @@ class Decoder:
     def __init__(
         self, chain: Chain, role: Role, *, threads: int | None = None, max_bytes: int = MAX_TENSOR_BYTES
     ) -> None:
-        self._stages = _Stages(chain, role)
+        self._stages = Stages(chain, role)
         self._threads = threads
         self._max_bytes = max_bytes
 
-    def size(self, desc: object) -> int:
-        """How many bytes of payload a description covers, padding included.
+    def size(self, desc: object, facts: Facts = NOTHING_KNOWN) -> int:
+        """How many bytes of payload a description of a chunk's tensor covers, padding included.
 
         Raises:
             CorruptPayload: it is no description that this stream's encoder can have made.
         """
-        return self._parse(desc).size
+        return self._stages.parse(desc, self._max_bytes, facts).size
 
     def decode(
-        self, desc: object, payload: Any, *, offset: int = 0, device: torch.device | str | None = None
+        self,
+        desc: object,
+        payload: Any,
+        *,
+        offset: int = 0,
+        device: torch.device | str | None = None,
+        facts: Facts = NOTHING_KNOWN,
     ) -> tuple[Tensor, int]:
         """Decodes one tensor.
 
@@ -189,6 +196,7 @@ class Decoder:
                 alive and must not be overwritten. Read-only memory is copied.
             offset: where in the payload the tensor starts, in bytes.
             device: where the tensor is decoded and returned; the CPU unless given.
+            facts: what the encoder knew of the chunk.
 
         Returns:
             The tensor, in the memory order in which it was encoded, and the offset of the next one.
@@ -197,7 +205,7 @@ class Decoder:
             CorruptPayload: the description is not one that this stream's encoder can have made, or does not
                 fit the payload.
         """
-        tree = self._parse(desc)
+        tree = self._stages.parse(desc, self._max_bytes, facts)
         view = memoryview(payload).cast("B")
         if offset < 0 or offset + tree.size > len(view):
             raise CorruptPayload(
@@ -205,28 +213,11 @@ class Decoder:
             )
         target = torch.device(device or "cpu")
         with torch.no_grad(), _torch_threads(self._threads):
-            x, end = self._decode(tree, view, offset, target)
+            x = put_together(tree, _Leaves(view, offset), target, facts)
             if target.type == "cuda":
                 # The copies may still be reading the payload, which is the caller's again after this.
                 torch.cuda.current_stream(target).synchronize()
-        return x, end
-
-    def _parse(self, desc: object) -> Leaf | Node:
-        return parse_desc(desc, self._stages.chain, self._stages.codec, self._max_bytes)
-
-    def _decode(
-        self, tree: Leaf | Node, view: memoryview, offset: int, device: torch.device
-    ) -> tuple[Tensor, int]:
-        if isinstance(tree, Leaf):
-            x = load_leaf(tree.type, view[offset : offset + tree.type.nbytes])
-            return x.to(device, non_blocking=True), offset + tree.size
-        parts = []
-        for part in tree.parts:
-            x, offset = self._decode(
-                part, view, offset, torch.device("cpu") if tree.codec.on_host else device
-            )
-            parts.append(x)
-        return tree.codec.decode(parts, tree.type, tree.meta).to(device, non_blocking=True), offset
+        return x, offset + tree.size
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the stream's codecs; empty where none keeps any."""
@@ -239,6 +230,30 @@ class Decoder:
             ValueError: the state belongs to another chain.
         """
         self._stages.load_state_dict(state)
+
+    def commit(self) -> None:
+        """Makes the present state the one that `rollback` goes back to."""
+        self._stages.commit()
+
+    def rollback(self) -> None:
+        """Goes back to the state of the last `commit`, or of the beginning."""
+        self._stages.rollback()
+
+    def close(self) -> None:
+        """Gives up what codecs hold outside memory; nothing is coded after that."""
+        self._stages.close()
+
+
+class _Leaves:
+    """Gives the tensors of a payload's leaves, one after the other."""
+
+    def __init__(self, view: memoryview, offset: int) -> None:
+        self._view, self._offset = view, offset
+
+    def __call__(self, leaf: Leaf) -> Tensor:
+        start = self._offset
+        self._offset += leaf.size
+        return load_leaf(leaf.type, self._view[start : start + leaf.type.nbytes])
 
 
 @contextmanager

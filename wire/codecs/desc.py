@@ -11,7 +11,7 @@ from wire.errors import CorruptPayload
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from wire.codecs.base import Codec
+    from wire.codecs.base import Codec, Facts
     from wire.codecs.spec import StageSpec
 
 _LEAF_KEYS = {"dtype", "shape", "order", "size"}
@@ -62,6 +62,7 @@ def parse_desc(
     chain: Sequence[StageSpec],
     codec_at: Callable[[int, str], Codec],
     max_bytes: int,
+    facts: Facts,
     *,
     first: int = 0,
     path: str = "",
@@ -73,6 +74,7 @@ def parse_desc(
         chain: the stages that may appear, in this order, each at most once on a path.
         codec_at: the codec of the stage with the given index, at the given path in the tree.
         max_bytes: the largest tensor accepted, at any stage.
+        facts: of the chunk.
         first: index of the first stage that may appear at `path`.
         path: where in the tree `desc` stands.
 
@@ -101,7 +103,7 @@ def parse_desc(
         raise CorruptPayload(f"the description of a tensor encoded with {name} is malformed")
     type = TensorType.parse(desc, max_bytes)
     codec = codec_at(index, path)
-    expected = codec.part_types(type, meta)
+    expected = codec.part_types(type, meta, facts)
     if len(parts) != len(expected):
         raise CorruptPayload(f"{name} makes {len(expected)} parts of this tensor; {len(parts)} are described")
     children = []
@@ -111,6 +113,7 @@ def parse_desc(
             chain,
             codec_at,
             max_bytes,
+            facts,
             first=index + 1 if wanted.follow else len(chain),
             path=f"{path}.{number}",
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from wire.codecs import compiled
-from wire.codecs.base import Call, Codec, Packed, Part, PartType
+from wire.codecs.base import Call, Codec, Facts, Packed, Part, PartType
 from wire.codecs.layout import TensorType, padded, raw_bytes
 from wire.errors import CorruptPayload
 
@@ -56,14 +56,16 @@ class Lossless(Codec):
             return None
         return Packed((Part(torch.frombuffer(block, dtype=torch.uint8), follow=True),), {"size": len(block)})
 
-    def part_types(self, whole: TensorType, meta: Mapping[str, Any]) -> tuple[PartType, ...]:
+    def part_types(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts) -> tuple[PartType, ...]:
         """uint8 `[size]`."""
         size = meta.get("size")
         if len(meta) != 1 or type(size) is not int or not 0 < size < whole.nbytes <= size * self.max_ratio:
             raise CorruptPayload(f"{self.name} does not make {size!r:.40} bytes of {whole.nbytes}")
         return (PartType(TensorType(torch.uint8, (size,)), follow=True),)
 
-    def decode(self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any]) -> Tensor:
+    def decode(
+        self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any], facts: Facts
+    ) -> Tensor:
         """Decompresses, into memory of the declared size only."""
         data = self.decompress(parts[0].numpy().data, whole.nbytes)
         flat = _unshuffled(torch.frombuffer(data, dtype=torch.uint8), whole.dtype.itemsize)

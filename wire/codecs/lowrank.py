@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from wire.codecs.base import Call, Codec, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
+from wire.codecs.base import Call, Codec, Facts, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
 from wire.codecs.layout import TensorType, flat, padded
 from wire.codecs.registry import register
 from wire.errors import CorruptPayload
@@ -109,6 +109,7 @@ class LowRank(Codec):
 
     name = "lowrank"
     kind: ClassVar[Literal["lossless", "lossy"]] = "lossy"
+    exact = False
     examples: ClassVar[tuple[str, ...]] = ("4", "1", "16")
 
     def __init__(self, args: str, role: Role) -> None:
@@ -137,7 +138,7 @@ class LowRank(Codec):
         parts = (long, short) if matrices.tall else (short, long)
         return Packed(tuple(Part(factor.to(x.dtype), follow=True) for factor in parts))
 
-    def part_types(self, whole: TensorType, meta: Mapping[str, Any]) -> tuple[PartType, ...]:
+    def part_types(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts) -> tuple[PartType, ...]:
         """``[count, R, rows]`` and ``[count, R, columns]``, of the same dtype."""
         no_meta(self.name, meta)
         matrices = self._fitting(whole)
@@ -147,7 +148,9 @@ class LowRank(Codec):
             )
         return tuple(PartType(part, follow=True) for part in self._parts(matrices, whole.dtype))
 
-    def decode(self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any]) -> Tensor:
+    def decode(
+        self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any], facts: Facts
+    ) -> Tensor:
         """The product of the factors, in the original dtype."""
         rows, columns = (part.float() for part in parts)
         x = torch.bmm(rows.transpose(1, 2), columns)

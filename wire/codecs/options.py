@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+
+_UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 
 
 class ArgumentError(ValueError):
@@ -33,3 +36,9 @@ def split_options(args: str) -> Iterator[tuple[str, int]]:
         seen.add(name)
         yield option, position
         position += len(option) + 1
+
+
+def parse_size(text: str) -> int | None:
+    """Reads a number of bytes such as ``500M`` or ``4G``, in powers of 1024; None where it is none, or 0."""
+    match = re.fullmatch(r"([0-9]{1,9})([KMGT]?)", text)
+    return int(match[1]) * _UNITS[match[2]] or None if match else None

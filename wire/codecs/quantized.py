@@ -9,7 +9,7 @@ import torch
 
 from wire.codecs import bits
 from wire.codecs.affine import HUGE, Groups, are_finite, dequantize, quantize, ranges
-from wire.codecs.base import Call, Codec, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
+from wire.codecs.base import Call, Codec, Facts, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
 from wire.codecs.hadamard import block_sums, rotated
 from wire.codecs.layout import TensorType, flat
 from wire.codecs.options import ArgumentError, split_options
@@ -80,7 +80,7 @@ class Quantized(Codec):
         q = bits.pack(groups.line(quantize(values, groups, params, seed)), self.bits)
         return Packed((Part(self._levels(whole).shaped(q), follow=True), Part(params, follow=False)))
 
-    def part_types(self, whole: TensorType, meta: Mapping[str, Any]) -> tuple[PartType, ...]:
+    def part_types(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts) -> tuple[PartType, ...]:
         """uint8, of the same shape or packed; and float32 `[2, groups]`: level 0, and the distance of levels."""
         no_meta(self.name, meta)
         if whole.dtype not in _TAKES or whole.numel == 0:
@@ -90,7 +90,9 @@ class Quantized(Codec):
             PartType(TensorType(torch.float32, (2, Groups.of(whole, self._group).count)), follow=False),
         )
 
-    def decode(self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any]) -> Tensor:
+    def decode(
+        self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any], facts: Facts
+    ) -> Tensor:
         """Each level's value, rotated back, in the original dtype."""
         q, params = parts
         if not are_finite(params):

@@ -23,9 +23,15 @@ def register(cls: type[Codec]) -> type[Codec]:
 
 
 def codec_names() -> tuple[str, ...]:
-    """The names of all codecs, sorted. ``none``, the empty chain, is not among them."""
+    """The names that a chain may be written with, sorted. ``none``, the empty chain, is not among them."""
     _import_all()
-    return tuple(sorted(_classes))
+    return tuple(sorted(name for name, cls in _classes.items() if not cls.always))
+
+
+def always_on() -> tuple[str, ...]:
+    """The names of the codecs that stand in front of every chain by themselves, in their order."""
+    _import_all()
+    return tuple(sorted(name for name, cls in _classes.items() if cls.always))
 
 
 def codec_class(name: str) -> type[Codec]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from wire.codecs.base import Role
 from wire.codecs.options import ArgumentError
-from wire.codecs.registry import codec_class, codec_names
+from wire.codecs.registry import always_on, codec_class, codec_names
 from wire.errors import SpecError
 
 NONE = "none"
@@ -69,7 +69,7 @@ def split_chain(text: str) -> Chain:
 
 
 def check_chain(stages: Chain, text: str) -> None:
-    """Checks that every stage is a codec with arguments that it takes, and that none comes twice.
+    """Checks that every stage is a codec in its place with arguments that it takes, and that none comes twice.
 
     Args:
         stages: what `split_chain` returned, or some of it.
@@ -80,6 +80,9 @@ def check_chain(stages: Chain, text: str) -> None:
     """
     seen: set[str] = set()
     for stage in stages:
+        if stage.name in always_on():
+            where = f"at character {stage.position + 1} of {text!r}"
+            raise SpecError(f"{stage.name} {where} is always on; leave it out", text, stage.position)
         at = f"at character {stage.position + 1} of {text!r}"
         if stage.name not in codec_names():
             known = ", ".join((NONE, *codec_names()))
@@ -95,6 +98,12 @@ def check_chain(stages: Chain, text: str) -> None:
             raise SpecError(reason, text, position) from None
         except ValueError as error:
             raise SpecError(f"{stage} {at} is wrong: {error}", text, stage.position) from None
+    classes = [codec_class(stage.name) for stage in stages]
+    for number, stage in enumerate(stages):
+        why_not = classes[number].misplaced(classes[:number], classes[number + 1 :])
+        if why_not is not None:
+            at = f"at character {stage.position + 1} of {text!r}"
+            raise SpecError(f"{stage.name} {at} stands in a wrong place: {why_not}", text, stage.position)
 
 
 def parse_chain(text: str) -> Chain:

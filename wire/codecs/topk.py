@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from wire.codecs import compiled, positions
-from wire.codecs.base import Call, Codec, NonFiniteTensor, Packed, Part, PartType, Role
+from wire.codecs.base import Call, Codec, Facts, NonFiniteTensor, Packed, Part, PartType, Role
 from wire.codecs.layout import TensorType, flat, padded
 from wire.codecs.options import ArgumentError, split_options
 from wire.codecs.registry import register
@@ -83,7 +83,7 @@ class TopK(Codec):
         parts = Part(values.view(samples, keep), follow=True), Part(index, follow=True)
         return Packed(parts, layout.meta())
 
-    def part_types(self, whole: TensorType, meta: Mapping[str, Any]) -> tuple[PartType, ...]:
+    def part_types(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts) -> tuple[PartType, ...]:
         """The values, `[samples, kept]`, and uint8, of the size that the meta values come to."""
         if whole.dtype not in _TAKES or whole.numel == 0:
             raise CorruptPayload(f"{self.name} never takes a tensor of {whole.dtype}, {list(whole.shape)}")
@@ -94,7 +94,9 @@ class TopK(Codec):
             PartType(TensorType(torch.uint8, (layout.size,)), follow=True),
         )
 
-    def decode(self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any]) -> Tensor:
+    def decode(
+        self, parts: Sequence[Tensor], whole: TensorType, meta: Mapping[str, Any], facts: Facts
+    ) -> Tensor:
         """The values in their places, zeros in all others."""
         values, index = parts
         samples, keep = values.shape

@@ -7,13 +7,23 @@ from wire.codecs.base import Role
 from wire.codecs.chain import Decoder, Encoder, parse_chain
 from wire.codecs.layout import padded
 from wire.codecs.registry import codec_class, codec_names
+from wire.errors import SpecError
 
 SPECS = [
     name if not args else f"{name}:{args}" for name in codec_names() for args in codec_class(name).examples
 ]
 LOSSLESS = [spec for spec in SPECS if codec_class(spec.partition(":")[0]).kind == "lossless"]
 FIRST = list({spec.partition(":")[0]: spec for spec in reversed(SPECS)}.values())
-CHAINS = ["none", *SPECS, *(f"{a}+{b}" for a in FIRST for b in FIRST if a != b)]
+
+
+def is_chain(spec):
+    try:
+        return bool(parse_chain(spec))
+    except SpecError:
+        return False
+
+
+CHAINS = ["none", *SPECS, *filter(is_chain, (f"{a}+{b}" for a in FIRST for b in FIRST if a != b))]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [

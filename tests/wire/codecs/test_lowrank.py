@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wire.codecs.base import Call, NonFiniteTensor, Role
+from wire.codecs.base import NOTHING_KNOWN, Call, NonFiniteTensor, Role
 from wire.codecs.chain import Decoder, Encoder, parse_chain
 from wire.codecs.layout import TensorType
 from wire.codecs.lowrank import _MOST_STARTS, LowRank, Matrices, orthonormal
@@ -31,7 +31,7 @@ def encode(coder, x):
 
 
 def approximation(coder, x):
-    return coder.decode(encode(coder, x), TensorType.of(x), {})
+    return coder.decode(encode(coder, x), TensorType.of(x), {}, NOTHING_KNOWN)
 
 
 def samples_as_matrices(x):
@@ -214,7 +214,7 @@ def test_values_too_large_for_the_products_are_sent_raw(top, dtype):
 
 def test_products_beyond_half_precision_become_its_largest():
     rows, columns = torch.full((1, 4, 40), 30_000.0).half(), torch.ones(1, 4, 60).half()
-    y = codec().decode([rows, -columns], TensorType(torch.float16, (1, 40, 60)), {})
+    y = codec().decode([rows, -columns], TensorType(torch.float16, (1, 40, 60)), {}, NOTHING_KNOWN)
     assert torch.equal(y, torch.full((1, 40, 60), -65504.0).half())
 
 
@@ -320,9 +320,9 @@ def test_a_state_of_another_codec_is_refused(state):
 )
 def test_a_description_that_it_never_makes_is_corrupt(dtype, shape):
     with pytest.raises(CorruptPayload, match="lowrank:9 never takes"):
-        codec(9).part_types(TensorType(dtype, shape), {})
+        codec(9).part_types(TensorType(dtype, shape), {}, NOTHING_KNOWN)
     with pytest.raises(CorruptPayload, match="meta"):
-        codec(9).part_types(TensorType(torch.float32, (2, 80, 100)), {"rank": 9})
+        codec(9).part_types(TensorType(torch.float32, (2, 80, 100)), {"rank": 9}, NOTHING_KNOWN)
 
 
 def test_matrices_are_the_memory_itself():

@@ -46,6 +46,8 @@ def test_splitting_takes_names_that_are_no_codecs():
         ("lowrank:-3", 0, "as in lowrank:16"),
         ("lowrank:1e3", 0, "as in lowrank:16"),
         ("lowrank:99999999999999999999", 0, "as in lowrank:16"),
+        ("int8+ragged", 5, "ragged at character 6 of 'int8+ragged' stands in a wrong place: it comes first"),
+        ("bits", 0, "bits at character 1 of 'bits' is always on; leave it out"),
         ("int8:", 4, "no arguments follow the colon at character 5"),
     ],
 )
@@ -69,7 +71,7 @@ def test_a_chain_is_spelt_as_it_is_read(names, data):
     chain = tuple(
         StageSpec(name, data.draw(st.sampled_from(codec_class(name).examples), label=name)) for name in names
     )
-    assert parse_chain(spell_chain(chain)) == chain
+    assert split_chain(spell_chain(chain)) == chain
 
 
 @given(st.text(alphabet="abint8lz4fp16none+: ,=.", max_size=20))
