@@ -2,7 +2,8 @@
 
 The files in ``golden`` do not change while the protocol's version stays the same. Each holds a message's fields,
 the frame's prelude, header and payload (64 bytes a line) in hexadecimal, and for messages with tensors the
-values: those given to the encoder and those that come out, or one list where they are the same, row-major.
+values: those given to the encoder and those that come out, or one list where they are the same, row-major. Where
+"after" names another file, its message has crossed in the same streams before.
 """
 
 import json
@@ -21,7 +22,7 @@ from wire.codecs.spec import parse_chain
 from wire.frames import FrameReader
 from wire.messages import MESSAGE_TYPES, Message, Open
 from wire.serialize import decode, encode
-from wire.streams import StreamDecoder, StreamEncoder, WeightsReceiver, facts_of
+from wire.streams import Encodings, StreamDecoder, StreamEncoder, WeightsReceiver, facts_of
 
 GOLDEN = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").iterdir())
@@ -84,6 +85,23 @@ def test_there_is_a_frame_of_every_codec() -> None:
     assert {"none", "int8+lz4", "int4:group=16", "int4:hadamard", "lowrank:2"} < chains
 
 
+def decoded(decoder: StreamDecoder, golden: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that come out, those of the message before it too."""
+    if "after" in golden:
+        decoded(decoder, GOLDEN[golden["after"]])
+    (frame,) = read_frames(FrameReader(ROOMY), frame_of(golden))
+    message: Any = decode(frame)
+    return decoder.decode(message, list(golden["tensors"]))
+
+
+def encoded(encoder: StreamEncoder, golden: dict[str, Any]) -> Encodings:
+    """What the given tensors become, after those of the message before."""
+    if "after" in golden:
+        encoded(encoder, GOLDEN[golden["after"]])
+    tensors = tensors_of(golden, "given")
+    return encoder.encode(tensors, seed=0, facts=facts_of(tensors))
+
+
 @pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
 def test_message_is_written_as_exactly_these_bytes(golden: dict[str, Any]) -> None:
     buffers, size = encode(message_of(golden), ROOMY)
@@ -111,9 +129,7 @@ def test_tensors_come_out_as_these_values(golden: dict[str, Any]) -> None:
     gradient = message.kind == "backward"
     decoder = StreamDecoder(chain_of(golden), gradient=gradient, max_bytes=1 << 20)
     tensors = (
-        WeightsReceiver(expected).take(message)
-        if message.kind == "weights"
-        else decoder.decode(message, list(expected))
+        WeightsReceiver(expected).take(message) if message.kind == "weights" else decoded(decoder, golden)
     )
     assert tensors is not None
     for name, tensor in expected.items():
@@ -125,9 +141,7 @@ def test_tensors_come_out_as_these_values(golden: dict[str, Any]) -> None:
 def test_values_are_encoded_as_exactly_these_bytes(golden: dict[str, Any]) -> None:
     chain = chain_of(golden)
     gradient = golden["message"]["kind"] == "backward"
-    tensors = tensors_of(golden, "given")
-    encoder = StreamEncoder(chain, gradient=gradient)
-    descs, buffers = encoder.encode(tensors, seed=0, facts=facts_of(tensors))
+    descs, buffers = encoded(StreamEncoder(chain, gradient=gradient), golden)
     assert descs == golden["message"]["tensors"]
     assert joined(buffers).hex() == payload_of(golden).hex()
 
