@@ -65,6 +65,7 @@ class Session:
         self._streams = LaneStreams(device)
         self._lanes = Lanes(self._tracer, threads)
         self._step = self._aborted = -1
+        self._committed = 0
         self._passing: Passing | None = None
         self._sent = Sent()
         self._incoming: WeightsReceiver | None = None
@@ -141,6 +142,7 @@ class Session:
         if state is not None:
             self._incoming = None
             await self._lanes.run(COMPUTE, "load", self._middle.load, state)
+            self._committed = self._middle.committed
 
     async def _send_weights(self, message: Fetch) -> None:
         if message.what != "weights" or self._passing is not None:
@@ -166,6 +168,7 @@ class Session:
         passing = Passing(
             step=message.step,
             evaluate=message.evaluate,
+            committed=self._committed,
             chunks=message.chunks,
             most_in_flight=self._spec.in_flight,
             # An evaluation has streams of its own, so that it changes nothing of training.
@@ -241,6 +244,7 @@ class Session:
             raise RemoteProtocolError(f"commit of step {message.step} came before its last gradient had left")
         await passing.driving
         self._passing = None
+        self._committed += 1
         applied = self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale)
         self._tasks.create_task(self._confirm(passing, applied))
 

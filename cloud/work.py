@@ -33,7 +33,10 @@ class Work:
 
     def decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
         """Decode and check a chunk's tensors, onto the device."""
-        infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
+        # Of this pass: the commit before it may still wait to be computed.
+        infos = self._middle.crossing(
+            cut, gradients=isinstance(message, Backward), committed=passing.committed
+        )
         decoder, samples = passing.codecs.decoders[cut], passing.samples
 
         def work() -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from common.lanes import Lanes
 from common.memory_format import FORMATS
+from common.narrowing import committed_steps
 from common.partition import Split
 from common.propagate import TensorInfo
 from common.stage import Stage
@@ -58,6 +59,7 @@ class Context:
         lanes: compute, encode and decode threads.
         seed: the run's seed.
         max_bytes: the largest tensor that a chunk may bring.
+        committed: steps committed so far, which what crosses may depend on.
         encoders: of training, by cut: activations at cut 1, gradients at cut 2.
         decoders: of training, by cut: gradients at cut 1, activations at cut 2.
     """
@@ -70,6 +72,7 @@ class Context:
     lanes: Lanes
     seed: int
     max_bytes: int
+    committed: int = 0
     encoders: dict[int, StreamEncoder] = field(init=False)
     decoders: dict[int, StreamDecoder] = field(init=False)
 
@@ -80,7 +83,7 @@ class Context:
 
     def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
         """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
-        infos = self.parts.cut1 if cut == 1 else self.parts.cut2
+        infos = self.parts.crossing(cut, self.committed)
         return [info for info in infos if info.requires_grad or not gradients]
 
     def back_inputs(self, arrived: tuple[Tensor, ...], held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -127,4 +130,5 @@ def build_context(job: Job, link: Link, lanes: Lanes, memory_format: str) -> Con
         lanes=lanes,
         seed=spec.seed,
         max_bytes=max(info.dense_bytes(spec.chunk_size) for info in (*parts.cut1, *parts.cut2)),
+        committed=committed_steps(*parts.partitions.values()),
     )

@@ -90,6 +90,7 @@ class Pipeline:
     def _commit(self, scale: float | None) -> None:
         self._context.front.commit(scale)
         self._context.back.commit(scale)
+        self._context.committed += 1
 
     async def _undo(self, step: int, reason: str) -> None:
         await self._context.link.abort(Abort(step=step, reason=reason))
