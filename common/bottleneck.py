@@ -98,7 +98,7 @@ def _build_linear(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: t
 
 def _start_linear(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
     if parse_linear(spec.args).start == "pca":
-        start_from_tokens(encoder, decoder, tokens)
+        start_from_tokens(encoder, decoder, (tokens,))
 
 
 def _check_decay(spec: BottleneckSpec) -> None:
@@ -112,9 +112,8 @@ def _build_decay(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: to
 
 
 def _start_decay(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
-    options = parse_decay(spec.args)
-    if options.start == "pca":
-        start_rotated(options, encoder, decoder, tokens)
+    if parse_decay(spec.args).start == "pca":
+        start_rotated(encoder, decoder, (tokens,))
 
 
 @dataclass(frozen=True, kw_only=True)

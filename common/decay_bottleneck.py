@@ -6,7 +6,7 @@ Either axis may narrow, or both, each at its own rate; see `common.narrowing`. W
 part that was dropped is neither computed nor sent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,17 +117,29 @@ def build_decay(
 
 
 @torch.no_grad()
-def start_rotated(options: DecayOptions, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
+def start_rotated(encoder: nn.Module, decoder: nn.Module, tokens: Iterable[Tensor]) -> None:
     """Turn a square pair onto the principal axes of some tensors, so that what goes first varies least.
 
+    It still passes everything on, and no other pair of one axis loses less of those tensors at any width.
+
     Args:
-        options: as parsed.
         encoder: of `build_decay`.
         decoder: of `build_decay`.
-        tokens: what crosses without them, ``[B, S, H]`` or ``[B, H]``.
+        tokens: what crosses without them, each ``[B, S, H]`` or ``[B, H]``; gone through once an axis.
     """
-    axes = [axis for axis, decay in ((-1, options.features), (-2, options.sequence)) if decay.rate < 1]
-    for axis, down, up in zip(axes, encoder.children(), reversed(list(decoder.children())), strict=True):
-        mean, basis = principal_axes(tokens.movedim(axis, -1).flatten(0, -2))
+    for down, up in zip(encoder.children(), reversed(list(decoder.children())), strict=True):
+        assert isinstance(down, Narrowing)
+        axis = -2 if down.along_sequence else -1
+        mean, basis = principal_axes(some.movedim(axis, -1).flatten(0, -2) for some in tokens)
         set_pair(down, up, basis, mean)
-        tokens = down(tokens)
+        tokens = _Through(down, tokens)
+
+
+class _Through:
+    """Tensors as a layer passes them on, made anew each time they are gone through."""
+
+    def __init__(self, layer: nn.Module, tensors: Iterable[Tensor]) -> None:
+        self._layer, self._tensors = layer, tensors
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self._layer, self._tensors)

@@ -5,7 +5,7 @@ components of centred tensors the decoder's is the mean, and the encoder's takes
 crosses is centred and a quantizer behind it spends no levels on a constant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,16 +100,16 @@ def build_linear(full: int, width: int) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 @torch.no_grad()
-def start_from_tokens(encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
-    """Start a pair from the principal components of some tensors.
+def start_from_tokens(encoder: nn.Module, decoder: nn.Module, tokens: Iterable[Tensor]) -> None:
+    """Start a pair from the principal components of some tensors; no other linear pair loses less of them.
 
     Args:
         encoder: of `build_linear`.
         decoder: of `build_linear`.
-        tokens: what crosses without them, ``[..., H]``.
+        tokens: what crosses without them, each ``[..., H]``.
     """
     (down,), (up,) = encoder.children(), decoder.children()
-    mean, axes = principal_axes(tokens.flatten(0, -2))
+    mean, axes = principal_axes(some.flatten(0, -2) for some in tokens)
     set_pair(down, up, axes[: down.get_parameter("weight").shape[0]], mean)
 
 
@@ -128,19 +128,24 @@ def set_pair(down: nn.Module, up: nn.Module, basis: Tensor, mean: Tensor) -> Non
         layer.get_parameter("bias").copy_(bias)
 
 
-def principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
+def principal_axes(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the mean of some vectors, and orthonormal axes of their spread, the widest first.
 
     However few the vectors, there are as many axes as dimensions.
 
     Args:
-        rows: ``[n, H]``.
+        batches: the vectors, each ``[n, H]``; one of them at least.
 
     Returns:
         ``[H]`` and ``[H, H]``, an axis a row; float32.
     """
-    exact = rows.double()
-    mean = exact.mean(dim=0)
-    centred = exact - mean
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T
-    return mean.float(), axes.float().contiguous()
+    count, shift = 0, torch.zeros(())
+    total = outer = torch.zeros((), dtype=torch.float64)
+    for rows in batches:
+        if not count:
+            shift = rows.double().mean(dim=0)  # squares of what lies far from 0 would drown the spread
+        near = rows.double() - shift
+        count, total, outer = count + len(rows), total + near.sum(dim=0), outer + near.T @ near
+    off = total / count
+    axes = torch.linalg.eigh(outer - count * torch.outer(off, off)).eigenvectors.flip(1).T
+    return (shift + off).float(), axes.float().contiguous()

@@ -55,7 +55,7 @@ class Narrowing(nn.Module):
         decay: how it falls.
         l1: weight of the penalty on what goes next.
         encodes: whether the outputs narrow (an encoder) or the inputs (a decoder).
-        along_sequence: whether the axis is S or H of ``[B, S, H]``.
+        along_sequence: whether the axis is S of ``[B, S, H]``, else it is H.
     """
 
     def __init__(self, full: int, decay: Decay, l1: float, *, encodes: bool, along_sequence: bool) -> None:
@@ -65,7 +65,7 @@ class Narrowing(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._full, self._decay, self._l1 = full, decay, l1
         self._narrows = 0 if encodes else 1
-        self._along_sequence = along_sequence
+        self.along_sequence = along_sequence
         # Beside the buffer, so that nobody waits for a GPU to know it.
         self._committed = 0
 
@@ -81,9 +81,18 @@ class Narrowing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer along its axis; the result is contiguous, as it is when it has crossed a cut."""
-        if not self._along_sequence:
-            return functional.linear(x, self.weight, self.bias)
-        return torch.bmm(self.weight.expand(len(x), -1, -1), x) + self.bias[:, None]
+        return self._apply_weight(x, self.weight, self.bias)
+
+    def forward_as_after(self, x: Tensor, committed: int) -> Tensor:
+        """Apply the layer as it will be in width, its weights as they are."""
+        width = self._decay.width(self._full, committed)
+        bias = self.bias if self._narrows else self.bias[:width]
+        return self._apply_weight(x, self.weight.narrow(self._narrows, 0, width), bias)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if not self.along_sequence:
+            return functional.linear(x, weight, bias)
+        return torch.bmm(weight.expand(len(x), -1, -1), x) + bias[:, None]
 
     def penalize(self) -> None:
         """Add the gradient of the L1 norm of what goes at the next narrowing: l1 times the sign of each weight."""

@@ -14,6 +14,7 @@ from common.optim import OptimSpec
 from common.partition import Split, image_input, preset_cuts, split
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
+from edge.bottleneck_file import Purpose, load_bottleneck
 from edge.compress import check_fit, parse_compress
 from edge.config import TrainConfig
 from edge.data.augment import to_tensor
@@ -99,7 +100,10 @@ def prepare(config: TrainConfig) -> Job:
         split(model, cuts, image_input(image_size)), compression.bottlenecks, seed=config.seed
     )
     check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
-    if any(compression.bottlenecks):
+    if config.bottleneck is not None:
+        purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)
+        load_bottleneck(config.bottleneck, parts, purpose)
+    elif any(compression.bottlenecks):
         images = _first_images(config, dataset, image_size)
         start_from_samples(parts, compression.bottlenecks, (images,), seed=config.seed)
     used = {name for part in parts.partitions.values() for name in part.state_dict()}
