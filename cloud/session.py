@@ -141,7 +141,7 @@ class Session:
         state = self._incoming.take(message)
         if state is not None:
             self._incoming = None
-            await self._lanes.run(COMPUTE, "load", self._middle.load, state)
+            await self._lanes.run(COMPUTE, "load", self._work.between, self._middle.load, state)
             self._committed = self._middle.committed
 
     async def _send_weights(self, message: Fetch) -> None:
@@ -149,7 +149,7 @@ class Session:
             raise RemoteProtocolError(
                 f"{message.what!r} was asked for; there are weights to fetch, between steps"
             )
-        state = await self._lanes.run(COMPUTE, "state", self._middle.state)
+        state = await self._lanes.run(COMPUTE, "state", self._work.between, self._middle.state)
         for piece in weights_messages(state):
             await self._connection.send(piece)
 
@@ -163,7 +163,7 @@ class Session:
             if message.step <= self._step:
                 raise RemoteProtocolError(f"step {message.step} begins after step {self._step}")
             self._step = message.step
-            self._lanes.run(COMPUTE, "begin", self._middle.stage.begin_step)
+            self._lanes.run(COMPUTE, "begin", self._work.between, self._middle.stage.begin_step)
         schedule = cloud_schedule(message.chunks, evaluate=message.evaluate)
         passing = Passing(
             step=message.step,
@@ -245,7 +245,7 @@ class Session:
         await passing.driving
         self._passing = None
         self._committed += 1
-        applied = self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale)
+        applied = self._lanes.run(COMPUTE, "commit", self._work.between, self._middle.commit, message.scale)
         self._tasks.create_task(self._confirm(passing, applied))
 
     async def _confirm(self, passing: Passing, applied: asyncio.Future[None]) -> None:
@@ -266,7 +266,7 @@ class Session:
         self._training_step(message, "abort")
         self._aborted = message.step
         self._cancel_step()
-        await self._lanes.run(COMPUTE, "rollback", self._middle.rollback)
+        await self._lanes.run(COMPUTE, "rollback", self._work.between, self._middle.rollback)
 
     def _training_step(self, message: Commit | Abort, what: str) -> Passing:
         passing = self._passing

@@ -1,8 +1,9 @@
 """What the lanes do with one chunk on the server: decode, forward, backward, encode."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from common.schedule import Action
 from common.seeding import derive_seed
 from wire.messages import Backward, Forward
 from wire.streams import Encodings
+
+T = TypeVar("T")
 
 
 class Work:
@@ -64,6 +67,11 @@ class Work:
             return results, None
         with self._streams.computing():
             return results, self._middle.finish_gradients()
+
+    def between(self, work: Callable[..., T], *args: object) -> T:
+        """Run what begins or ends a step, or reads or loads the weights, in order with what chunks compute."""
+        with self._streams.computing():
+            return work(*args)
 
     def encode(
         self, passing: Passing, action: Action, cut: int, names: list[str], placed: Placed

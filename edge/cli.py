@@ -45,8 +45,8 @@ _MODEL_OPTIONS = (
     _option("--num-classes", "Outputs of the classifier.  [default: the data set's]", type=int),
     _option(
         "--compress",
-        "What to compress with, such as conv+int8. Repeat as WHERE=SPEC to set a cut (cut1, cut2), a direction "
-        "(act, grad) or both (cut1.grad) apart.",
+        "What to compress with, such as conv+int8, or decay for tokens. Repeat as WHERE=SPEC to set a cut "
+        "(cut1, cut2), a direction (act, grad) or both (cut1.grad) apart.",
         metavar="[WHERE=]SPEC",
         multiple=True,
     ),
