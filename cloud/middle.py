@@ -12,6 +12,7 @@ from common.bottleneck import with_bottleneck
 from common.errors import UserError
 from common.memory_format import SAMPLES, choose_memory_format
 from common.models import build_model, is_registered, model_inputs
+from common.narrowing import committed_steps
 from common.partition import Split, split
 from common.propagate import TensorInfo
 from common.spec import JobSpec
@@ -58,7 +59,7 @@ class Middle:
         parts = _build(spec)
         parts.front.free()
         parts.back.free()
-        self._cuts = {1: parts.cut1, 2: parts.cut2}
+        self._parts = parts
         self._chunk_size = spec.chunk_size
         self._check_size(max_payload)
         self._scale = LossScale(enabled=spec.amp == "fp16")
@@ -88,7 +89,7 @@ class Middle:
         )
 
     def _check_size(self, max_payload: int) -> None:
-        for cut, infos in self._cuts.items():
+        for cut, infos in ((1, self._parts.cut1), (2, self._parts.cut2)):
             chunk_bytes = sum(info.dense_bytes(self._chunk_size) for info in infos)
             if chunk_bytes > max_payload:
                 raise UserError(
@@ -96,9 +97,21 @@ class Middle:
                     f"carries {max_payload}; use more chunks or a smaller batch"
                 )
 
-    def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
-        """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
-        return [info for info in self._cuts[cut] if info.requires_grad or not gradients]
+    @property
+    def committed(self) -> int:
+        """The steps that its narrowing layers have seen; 0 where it has none."""
+        return committed_steps(self.stage.partition)
+
+    def crossing(self, cut: int, *, gradients: bool, committed: int = 0) -> list[TensorInfo]:
+        """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward.
+
+        Args:
+            cut: 1 or 2.
+            gradients: which of the two.
+            committed: steps before; names and gradients are the same for any.
+        """
+        infos = self._parts.crossing(cut, committed)
+        return [info for info in infos if info.requires_grad or not gradients]
 
     def check(self, info: TensorInfo, tensor: Tensor, known: Sizes = UNKNOWN) -> Sizes:
         """Check that a tensor that came is what crosses there, for at most one chunk of samples.
@@ -136,15 +149,22 @@ class Middle:
 
     def max_bytes(self) -> int:
         """Return the bytes of the largest tensor that one chunk brings."""
-        return max(info.dense_bytes(self._chunk_size) for infos in self._cuts.values() for info in infos)
+        return max(info.dense_bytes(self._chunk_size) for info in (*self._parts.cut1, *self._parts.cut2))
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters and buffers, by name, in host memory."""
         return {name: tensor.cpu() for name, tensor in partition_state(self.stage.partition).items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load the client's initial weights."""
-        self.stage.partition.load_state_dict(dict(state), strict=True)
+        """Load the client's initial weights.
+
+        Raises:
+            CorruptPayload: they do not fit together.
+        """
+        try:
+            self.stage.partition.load_state_dict(dict(state), strict=True)
+        except RuntimeError as error:
+            raise CorruptPayload(f"the weights do not fit: {' '.join(str(error).split())}") from error
         self.needs_weights = False
 
     def backward(self, chunk: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -159,7 +179,7 @@ class Middle:
         """
         scale = self._scale.value
         given = iter(gradients if scale == 1.0 else [g * scale for g in gradients])
-        wanted = [next(given) if info.requires_grad else None for info in self._cuts[2]]
+        wanted = [next(given) if info.requires_grad else None for info in self._parts.cut2]
         results = self.stage.backward(chunk, wanted)
         if scale == 1.0:
             return results

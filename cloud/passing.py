@@ -21,6 +21,7 @@ class Passing:
     Attributes:
         step: its number, which every message of it carries.
         evaluate: whether it is an evaluation.
+        committed: steps committed before it.
         chunks: how many chunks it has.
         most_in_flight: chunks that may be under way at once.
         codecs: the ends of its streams.
@@ -35,6 +36,7 @@ class Passing:
 
     step: int
     evaluate: bool
+    committed: int
     chunks: int
     most_in_flight: int
     codecs: Streams

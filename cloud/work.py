@@ -1,8 +1,9 @@
 """What the lanes do with one chunk on the server: decode, forward, backward, encode."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from wire.codecs.base import NOTHING_KNOWN, Facts
 from wire.errors import CorruptPayload
 from wire.messages import Backward, Forward
 from wire.streams import IDS, Encodings, facts_of
+
+T = TypeVar("T")
 
 
 class Work:
@@ -35,7 +38,10 @@ class Work:
 
     def decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
         """Decode and check a chunk's tensors, onto the device."""
-        infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
+        # Of this pass: the commit before it may still wait to be computed.
+        infos = self._middle.crossing(
+            cut, gradients=isinstance(message, Backward), committed=passing.committed
+        )
         names = [info.name for info in infos]
         decoder, sizes, facts = passing.codecs.decoders[cut], passing.sizes, passing.facts
         is_forward = isinstance(message, Forward)
@@ -71,6 +77,11 @@ class Work:
             return results, None
         with self._streams.computing():
             return results, self._middle.finish_gradients()
+
+    def between(self, work: Callable[..., T], *args: object) -> T:
+        """Run what begins or ends a step, or reads or loads the weights, in order with what chunks compute."""
+        with self._streams.computing():
+            return work(*args)
 
     def encode(
         self, passing: Passing, action: Action, cut: int, names: list[str], placed: Placed

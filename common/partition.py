@@ -10,21 +10,34 @@ the model does.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
-import torch
 from torch import Tensor, fx, nn
 
 from common.crossing import Crossing, cut_in_three
 from common.errors import UserError
 from common.exported import export_modes
 from common.graph import trace_modes
+from common.inputs import image_input, text_input
 from common.presets import preset_cuts
 from common.propagate import TensorInfo
 
-__all__ = ["PARTS", "Partition", "Split", "image_input", "preset_cuts", "split", "text_input"]
+__all__ = [
+    "PARTS",
+    "Partition",
+    "ShapeAfter",
+    "Split",
+    "image_input",
+    "preset_cuts",
+    "split",
+    "text_input",
+]
 
 PARTS = ("front", "middle", "back")
+
+ShapeAfter: TypeAlias = Callable[[int], tuple[int, ...]]
+"""A sample's shape where it crosses, from the number of committed steps."""
 
 
 class Partition(nn.Module):
@@ -142,11 +155,12 @@ class Split:
         middle: takes the tensors of cut 1 and returns those of cut 2.
         back: takes the tensors of cut 2, then those of `kept`; returns the model's outputs.
         inputs: the model's inputs.
-        cut1: the tensors that cross from front to middle.
-        cut2: the tensors that cross from middle to back.
+        cut1: the tensors that cross from front to middle, in the first step; they never grow.
+        cut2: the tensors that cross from middle to back, likewise.
         kept: the tensors that go from front to back and stay on the edge.
         dense1: what would cross at cut 1 without a bottleneck.
         dense2: what would cross at cut 2 without a bottleneck.
+        shapes: by cut and position, of the tensors that narrow as training goes on.
     """
 
     front: Partition
@@ -158,6 +172,7 @@ class Split:
     kept: tuple[TensorInfo, ...]
     dense1: tuple[TensorInfo, ...]
     dense2: tuple[TensorInfo, ...]
+    shapes: Mapping[tuple[int, int], ShapeAfter] = field(default_factory=dict)
 
     @property
     def partitions(self) -> dict[str, Partition]:
@@ -167,6 +182,16 @@ class Split:
     def dense_bytes(self, batch: int) -> int:
         """Return the bytes of one crossing of both cuts by a batch, without a bottleneck or a codec."""
         return sum(info.dense_bytes(batch) for info in (*self.dense1, *self.dense2))
+
+    def crossing(self, cut: int, committed: int) -> tuple[TensorInfo, ...]:
+        """Describe what crosses a cut once so many steps have been committed."""
+        infos = self.cut1 if cut == 1 else self.cut2
+        return tuple(
+            replace(info, shape=self.shapes[cut, position](committed))
+            if (cut, position) in self.shapes
+            else info
+            for position, info in enumerate(infos)
+        )
 
     def back_inputs(self, cut2: Sequence[Tensor], front_outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Join what crossed cut 2 with those of the front's outputs that are kept for the back."""
@@ -189,26 +214,6 @@ class Split:
         results = self.back(*self.back_inputs(self.middle(*front[: len(self.cut1)]), front))
         assert isinstance(results, tuple)
         return results
-
-
-def image_input(size: int, channels: int = 3) -> tuple[TensorInfo, ...]:
-    """Describe the input of an image classifier: `[B, channels, size, size]`, float32."""
-    return (TensorInfo(name="x", shape=(channels, size, size)),)
-
-
-def text_input(most_tokens: int, *, pairs: bool = False) -> tuple[TensorInfo, ...]:
-    """Describe the input of a text classifier: token ids `[B, S]`, and which of them are no padding.
-
-    Args:
-        most_tokens: the largest S.
-        pairs: the model tells first sentence and second by ``token_type_ids``.
-    """
-
-    def tokens(name: str, dtype: torch.dtype) -> TensorInfo:
-        return TensorInfo(name=name, shape=(most_tokens,), dtype=dtype, token_dims=(0,))
-
-    types = (tokens("token_type_ids", torch.int64),) if pairs else ()
-    return (tokens("input_ids", torch.int64), tokens("attention_mask", torch.bool), *types)
 
 
 def split(model: nn.Module, cuts: tuple[str, str], inputs: Sequence[TensorInfo]) -> Split:

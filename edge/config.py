@@ -29,6 +29,7 @@ class TrainConfig:
         ragged: leave the padding of texts out of what crosses.
         num_classes: of the classifier; None for the data set's.
         compress: values of ``--compress``; one of them may stand without a tuple.
+        bottleneck: file of ``edge-client calibrate`` that the bottleneck starts from; None for the first images.
         batch_size: samples a step.
         chunks: micro-batches a step.
         depth: most chunks in flight; None to choose it from what the first steps take.
@@ -68,6 +69,7 @@ class TrainConfig:
     ragged: bool = True
     num_classes: int | None = None
     compress: tuple[str, ...] | str = ("none",)
+    bottleneck: Path | None = None
     batch_size: int = 64
     chunks: int = 8
     depth: int | None = None
@@ -147,6 +149,62 @@ class TrainConfig:
     def at(self, server: str) -> "TrainConfig":
         """Return the same settings for another server."""
         return replace(self, server=server)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """Settings of ``edge-client calibrate``; each is an option of the same name.
+
+    What `TrainConfig` has too means the same here.
+
+    Attributes:
+        save: where the bottleneck goes.
+        samples: training samples to record what crosses the cuts of.
+        epochs: passes over them; ignored where `steps` is given.
+        steps: of fitting, at each cut.
+        lr: of fitting, at first.
+    """
+
+    save: Path
+    model: str = TrainConfig.model
+    weights: str | None = None
+    cuts: tuple[str, ...] = ()
+    data: str = TrainConfig.data
+    data_root: Path | None = None
+    image_size: int | None = None
+    max_length: int | None = None
+    padding: str = TrainConfig.padding
+    num_classes: int | None = None
+    compress: tuple[str, ...] | str = ("conv",)
+    batch_size: int = TrainConfig.batch_size
+    samples: int = 2048
+    epochs: int = 10
+    steps: int | None = None
+    lr: float = 1e-3
+    seed: int = 0
+    threads: int | None = None
+    train_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without data or model.
+
+        Raises:
+            UserError: what is wrong, and what would be right.
+        """
+        for name, value in (("samples", self.samples), ("epochs", self.epochs), ("steps", self.steps)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"--lr must be above 0, not {self.lr}")
+        self.training()
+
+    def training(self) -> TrainConfig:
+        """Return the settings of a run that the bottleneck is for, as far as they matter to it."""
+        shared = {name: value for name, value in vars(self).items() if name not in _OF_FITTING}
+        return TrainConfig(server="127.0.0.1:1", chunks=1, steps=1, **shared)
+
+
+_OF_FITTING = ("samples", "epochs", "steps", "lr")
 
 
 def _why_not(path: Path, *, in_place: bool) -> str | None:

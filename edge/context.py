@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.lanes import DECODE, ENCODE, Lanes
 from common.memory_format import FORMATS
+from common.narrowing import committed_steps
 from common.partition import Split
 from common.propagate import TensorInfo
 from common.stage import Stage
@@ -74,6 +75,7 @@ class Context:
         seed: the run's seed.
         trim: drops what pads all the samples of a chunk.
         max_bytes: the largest tensor that a chunk may bring.
+        committed: steps committed so far, which what crosses may depend on.
         encoders: of training, by cut: activations at cut 1, gradients at cut 2.
         decoders: of training, by cut: gradients at cut 1, activations at cut 2.
         uses_ids: whether the chunks of a training step take their samples' ids along.
@@ -88,6 +90,7 @@ class Context:
     seed: int
     trim: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
     max_bytes: int
+    committed: int = 0
     encoders: dict[int, StreamEncoder] = field(init=False)
     decoders: dict[int, StreamDecoder] = field(init=False)
     uses_ids: bool = field(init=False)
@@ -100,7 +103,7 @@ class Context:
 
     def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
         """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
-        infos = self.parts.cut1 if cut == 1 else self.parts.cut2
+        infos = self.parts.crossing(cut, self.committed)
         return [info for info in infos if info.requires_grad or not gradients]
 
     def tokens(self, inputs: tuple[Tensor, ...]) -> int | None:
@@ -170,4 +173,5 @@ def build_context(job: Job, link: Link, lanes: Lanes, memory_format: str) -> Con
         seed=spec.seed,
         trim=job.samples.trim,
         max_bytes=max(info.dense_bytes(spec.chunk_size) for info in (*parts.cut1, *parts.cut2)),
+        committed=committed_steps(*parts.partitions.values()),
     )

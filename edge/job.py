@@ -17,9 +17,11 @@ from common.partition import Split, preset_cuts, split
 from common.propagate import TensorInfo
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
+from edge.bottleneck_file import Purpose, load_bottleneck
 from edge.compress import check_fit, check_repetition, parse_compress, with_ragged
 from edge.config import TrainConfig
 from edge.data.datasets import open_dataset
+from edge.data.draws import epoch_order
 from edge.data.loader import batch_count
 from edge.data.samples import ImageSamples, Samples, TextSamples
 from edge.data.text import Tokens, is_text_data, open_text
@@ -87,8 +89,11 @@ def prepare(config: TrainConfig) -> Job:
     if config.ragged:
         compression = with_ragged(compression, parts.cut1)
     check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
-    if any(compression.bottlenecks):
-        first = samples.first(START_SAMPLES)
+    if config.bottleneck is not None:
+        purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)
+        load_bottleneck(config.bottleneck, parts, purpose)
+    elif any(compression.bottlenecks):
+        first = samples.plain(epoch_order(samples.train_size, config.seed, 0)[:START_SAMPLES])
         start_from_samples(parts, compression.bottlenecks, first, seed=config.seed)
     used = {name for part in parts.partitions.values() for name in part.state_dict()}
     initial_state = {

@@ -16,7 +16,8 @@ from common.lanes import COMPUTE
 from common.optim import clip_scale
 from common.schedule import Schedule, edge_schedule
 from edge.context import Context, Score
-from edge.passes import EvaluationPass, FetchChunk, Pass, TrainingPass
+from edge.evaluation_pass import EvaluationPass, FetchChunk
+from edge.passes import Pass, TrainingPass
 from wire.messages import Abort, Begin, Commit
 
 
@@ -99,6 +100,7 @@ class Pipeline:
     def _commit(self, scale: float | None) -> None:
         self._context.front.commit(scale)
         self._context.back.commit(scale)
+        self._context.committed += 1
 
     async def _undo(self, step: int, reason: str) -> None:
         await self._context.link.abort(Abort(step=step, reason=reason))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.errors import TrainingStopped
 from common.metrics import SummaryReport
+from common.narrowing import narrow_to
 from common.trace import Tracer
 from common.weights import merge_states, partition_state, save_model, split_bottleneck
 from edge.config import TrainConfig
@@ -41,6 +42,7 @@ class TrainResult:
 
 async def fetch_state(job: Job, context: Context) -> dict[str, Tensor]:
     """Fetch the middle and join the three partitions; see `TrainResult.state`."""
+    narrow_to(context.committed, job.parts.middle)  # its shapes are those that the server's has by now
     middle = await context.link.fetch_middle(job.middle_state())
     whole, bottleneck = merge_states(
         job.initial_state,

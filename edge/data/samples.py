@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edge.data.augment import to_tensor
@@ -43,8 +44,8 @@ class Samples(Protocol):
         """Read every test sample once, in order."""
         ...
 
-    def first(self, count: int) -> tuple[Tensor, ...]:
-        """Return the inputs of a few training samples as they are."""
+    def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Return the inputs of some training samples as they are, without variation."""
         ...
 
     def filler(self) -> tuple[Tensor, ...]:
@@ -102,10 +103,9 @@ class ImageSamples:
             ahead=4,
         )
 
-    def first(self, count: int) -> tuple[Tensor, ...]:
+    def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """See `Samples`."""
-        order = epoch_order(self.train_size, self._seed, 0)
-        images = self._dataset.train.fetch(order[:count], self._image_size)
+        images = self._dataset.train.fetch(ids, self._image_size)
         return (to_tensor(images, self._image_size, self._dataset.normalise),)
 
     def filler(self) -> tuple[Tensor, ...]:
@@ -158,9 +158,9 @@ class TextSamples:
 
         return Batches(plans(), self._reader(self._dataset.test), ahead=4)
 
-    def first(self, count: int) -> tuple[Tensor, ...]:
+    def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """See `Samples`."""
-        return self._tokens.read(self._dataset.train, epoch_order(self.train_size, self._seed, 0)[:count])
+        return self.trim(self._tokens.read(self._dataset.train, ids))
 
     def filler(self) -> tuple[Tensor, ...]:
         """See `Samples`."""

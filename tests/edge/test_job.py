@@ -100,6 +100,31 @@ def test_the_server_builds_a_middle_that_takes_the_weights_of_a_bottleneck_start
     assert state_digest(partition_state(middle)) == job.spec.digest
 
 
+class Tokens(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.embed, self.mix, self.last = nn.Linear(48, 12), nn.Linear(12, 12), nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.mix(self.embed(x.reshape(-1, 16, 48)))).mean(1))
+
+
+register_model("tokens_of_test_job", Tokens)
+TOKENS = {"model": "tokens_of_test_job", "cuts": ("embed", "mix")}
+
+
+@pytest.mark.parametrize(
+    ("compress", "same"),
+    [("linear:4", False), ("linear:4,start=identity", True), ("decay", True), ("decay:start=pca", False)],
+)
+def test_only_a_bottleneck_that_is_started_from_data_has_weights_to_send(compress, same):
+    job = prepare(config(**TOKENS, compress=compress, image_size=16))
+    middle = built_by_the_server(job).middle
+    assert (state_digest(partition_state(middle)) == job.spec.digest) is same
+    middle.load_state_dict(job.middle_state(), strict=True)
+    assert state_digest(partition_state(middle)) == job.spec.digest
+
+
 def test_another_seed_is_another_middle():
     assert prepare(config(seed=1)).spec.digest != prepare(config(seed=2)).spec.digest
 
@@ -199,6 +224,8 @@ def test_more_classes_than_the_data_has_are_fine_and_fewer_are_refused():
         ({"cuts": ("first", "midle")}, "unknown cut 'midle'"),
         ({"compress": "conv:99999x1"}, "too wide"),
         ({"compress": "cut1=conv:4x999"}, "larger than the map"),
+        ({**TOKENS, "compress": "linear:13"}, "use a width up to 12"),
+        ({**TOKENS, "compress": "decay:rate=0.5,iterations=4"}, "leaves nothing"),
         ({"schedule": "cosine", "warmup_steps": 9}, "total_steps must be"),
         ({"optimizer": "lion"}, "--optimizer must be one of sgd, adamw, not 'lion'"),
         ({"lr": float("nan")}, "learning rate must be above 0"),

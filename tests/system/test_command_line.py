@@ -1,5 +1,6 @@
 """Wrong command lines: one line that says what to do, exit status 2, and nothing touched."""
 
+import re
 import subprocess
 import sys
 
@@ -201,6 +202,7 @@ DESIGNED = {
     "edge-client": (
         *("--server", "--compress", "--model", "--data", "--image-size", "--num-classes", "--batch-size"),
         *("--chunks", "--epochs", "--steps", "--seed", "--save", "--metrics", "demo"),
+        *("--bottleneck", "calibrate", "flops"),
     ),
     "cloud-server": ("--host", "--port", "--gpu", "--cpu", "--import"),
 }
@@ -214,6 +216,13 @@ def test_help_lists_every_option_and_its_default(script, flag):
     assert ended.out.startswith(f"Usage: {script}")
     assert [name for name in DESIGNED[script] if name not in ended.out] == []
     assert "7433" in ended.out
+
+
+@pytest.mark.parametrize("command", [(), ("flops",), ("calibrate",)], ids=["training", "flops", "calibrate"])
+def test_help_shows_examples_on_lines_of_their_own(command):
+    ended = run("edge-client", *command, "--help")
+    assert re.search(r"\n +edge-client .*--compress conv\b", ended.out)
+    assert "\\b" not in ended.out
 
 
 def test_help_of_the_demo_does_not_ask_for_a_server():
