@@ -111,9 +111,25 @@ def test_chunk_of_one_sample_that_cannot_be_normalised_is_found_before_training(
     assert "change --batch-size, --chunks or --image-size" in said
 
 
-def test_model_without_preset_cuts_asks_for_them(address):
-    said = refusal("edge-client", "--server", address, "--import", "dropout_model", "--model", "dropout_net")
-    assert "--cut" in said
+def test_model_without_preset_cuts_is_cut_where_that_is_good(address):
+    tiny = (
+        "--image-size",
+        16,
+        "--train-limit",
+        16,
+        "--test-limit",
+        8,
+        "--batch-size",
+        8,
+        "--chunks",
+        2,
+        "--steps",
+        1,
+    )
+    model = ("--import", "dropout_model", "--model", "dropout_net")
+    ended = run("edge-client", "--server", address, *model, *tiny)
+    assert (ended.status, ended.err) == (0, "")
+    assert "cut after stem.1 and blocks.4" in ended.out
 
 
 def test_refused_run_leaves_the_files_of_the_last_one(address, tmp_path):
