@@ -1,7 +1,7 @@
 """The middle of one job: built, checked, trained. Every method runs on the session's compute lane."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,14 +11,31 @@ from cloud.loss_scale import LossScale
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
 from common.memory_format import SAMPLES, choose_memory_format
-from common.models import build_model, default_image_size, is_registered
-from common.partition import Split, image_input, split
+from common.models import build_model, is_registered, model_inputs
+from common.narrowing import committed_steps
+from common.partition import Split, split
 from common.propagate import TensorInfo
 from common.spec import JobSpec
 from common.stage import AMP_DTYPES, Stage, seeded
 from common.weights import partition_state, state_digest
 from wire.config import DEFAULT_LIMITS
 from wire.errors import CorruptPayload
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a chunk.
+
+    Attributes:
+        samples: how many it has; None before a tensor with a batch dimension has come.
+        tokens: how many each of them is padded to; None where none are counted.
+    """
+
+    samples: int | None = None
+    tokens: int | None = None
+
+
+UNKNOWN = Sizes()
 
 
 class Middle:
@@ -42,7 +59,7 @@ class Middle:
         parts = _build(spec)
         parts.front.free()
         parts.back.free()
-        self._cuts = {1: parts.cut1, 2: parts.cut2}
+        self._parts = parts
         self._chunk_size = spec.chunk_size
         self._check_size(max_payload)
         self._scale = LossScale(enabled=spec.amp == "fp16")
@@ -72,7 +89,7 @@ class Middle:
         )
 
     def _check_size(self, max_payload: int) -> None:
-        for cut, infos in self._cuts.items():
+        for cut, infos in ((1, self._parts.cut1), (2, self._parts.cut2)):
             chunk_bytes = sum(info.dense_bytes(self._chunk_size) for info in infos)
             if chunk_bytes > max_payload:
                 raise UserError(
@@ -80,47 +97,74 @@ class Middle:
                     f"carries {max_payload}; use more chunks or a smaller batch"
                 )
 
-    def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
-        """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
-        return [info for info in self._cuts[cut] if info.requires_grad or not gradients]
+    @property
+    def committed(self) -> int:
+        """The steps that its narrowing layers have seen; 0 where it has none."""
+        return committed_steps(self.stage.partition)
 
-    def check(self, info: TensorInfo, tensor: Tensor, samples: int | None = None) -> int | None:
+    def crossing(self, cut: int, *, gradients: bool, committed: int = 0) -> list[TensorInfo]:
+        """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward.
+
+        Args:
+            cut: 1 or 2.
+            gradients: which of the two.
+            committed: steps before; names and gradients are the same for any.
+        """
+        infos = self._parts.crossing(cut, committed)
+        return [info for info in infos if info.requires_grad or not gradients]
+
+    def check(self, info: TensorInfo, tensor: Tensor, known: Sizes = UNKNOWN) -> Sizes:
         """Check that a tensor that came is what crosses there, for at most one chunk of samples.
 
         Args:
             info: what crosses.
             tensor: what came.
-            samples: how many samples it must be of, where that is known.
+            known: what the tensors before it have told of the chunk.
 
         Returns:
-            How many samples it is of; None for a tensor that has no batch dimension.
+            What is known now.
 
         Raises:
             CorruptPayload: it is not.
         """
         rows = tensor.shape[0] if tensor.dim() else 0
-        came = rows // info.rows if info.rows else None
-        least, most = (1, self._chunk_size) if samples is None else (samples, samples)
-        fits = (came is None or least <= came <= most) and tuple(tensor.shape) == info.batched(came or 0)
+        samples = rows // info.rows if info.rows else known.samples
+        tokens = info.tokens(tensor.shape) if info.token_dims else known.tokens
+        most = self._chunk_size if known.samples is None else known.samples
+        longest = info.tokens(info.batched(most)) if known.tokens is None else known.tokens
+        fits = (
+            (known.samples is None or samples == known.samples)
+            and (known.tokens is None or tokens == known.tokens)
+            and (samples is None or 1 <= samples <= most)
+            and (tokens is None or longest is None or 1 <= tokens <= longest)
+            and tuple(tensor.shape) == info.batched(samples or 0, tokens)
+        )
         if not fits or tensor.dtype != info.dtype:
-            wanted = "a full chunk" if samples is None else "this chunk"
+            wanted = "a full chunk" if known.samples is None else "this chunk"
             raise CorruptPayload(
                 f"{info.name} came as {tensor.dtype} {list(tensor.shape)}; {wanted} of it is {info.dtype} "
-                f"{list(info.batched(most))}"
+                f"{list(info.batched(most, known.tokens))}"
             )
-        return came
+        return Sizes(samples, tokens)
 
     def max_bytes(self) -> int:
         """Return the bytes of the largest tensor that one chunk brings."""
-        return max(info.dense_bytes(self._chunk_size) for infos in self._cuts.values() for info in infos)
+        return max(info.dense_bytes(self._chunk_size) for info in (*self._parts.cut1, *self._parts.cut2))
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters and buffers, by name, in host memory."""
         return {name: tensor.cpu() for name, tensor in partition_state(self.stage.partition).items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load the client's initial weights."""
-        self.stage.partition.load_state_dict(dict(state), strict=True)
+        """Load the client's initial weights.
+
+        Raises:
+            CorruptPayload: they do not fit together.
+        """
+        try:
+            self.stage.partition.load_state_dict(dict(state), strict=True)
+        except RuntimeError as error:
+            raise CorruptPayload(f"the weights do not fit: {' '.join(str(error).split())}") from error
         self.needs_weights = False
 
     def backward(self, chunk: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -135,7 +179,7 @@ class Middle:
         """
         scale = self._scale.value
         given = iter(gradients if scale == 1.0 else [g * scale for g in gradients])
-        wanted = [next(given) if info.requires_grad else None for info in self._cuts[2]]
+        wanted = [next(given) if info.requires_grad else None for info in self._parts.cut2]
         results = self.stage.backward(chunk, wanted)
         if scale == 1.0:
             return results
@@ -163,11 +207,13 @@ def _build(spec: JobSpec) -> Split:
         # Its weights could only be a file, and files here are not the client's to name.
         spec = replace(spec, model=replace(spec.model, weights=None))
     try:
-        model = build_model(spec.model)
+        model = build_model(spec.model, offline=True)
     except UserError:
-        # Weights that this machine cannot fetch: the digest will differ, and the client sends its own.
+        # Weights that this machine does not have and cannot fetch: the digest will differ, and the client sends
+        # its own.
         if spec.model.weights is None:
             raise
         model = build_model(replace(spec.model, weights=None))
-    image_size = spec.model.image_size or default_image_size(spec.model.name)
-    return with_bottleneck(split(model, spec.cuts, image_input(image_size)), spec.bottlenecks, seed=spec.seed)
+    return with_bottleneck(
+        split(model, spec.cuts, model_inputs(spec.model)), spec.bottlenecks, seed=spec.seed
+    )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cloud.device import Placed
+from cloud.middle import Sizes
 from cloud.streams import Streams
 from common.driver import Driver
 from common.schedule import Action
@@ -20,13 +21,14 @@ class Passing:
     Attributes:
         step: its number, which every message of it carries.
         evaluate: whether it is an evaluation.
+        committed: steps committed before it.
         chunks: how many chunks it has.
         most_in_flight: chunks that may be under way at once.
         codecs: the ends of its streams.
         driver: orders its computing.
         driving: runs the driver to the end.
         placed: what has come and waits to be computed; empty while it is decoded.
-        samples: how many there are in each chunk that came forward.
+        sizes: of each chunk that came forward.
         facts: of each chunk that is in flight, for the codecs.
         in_flight: chunks that came forward and whose last answer has not left yet.
         busy_before_s: seconds that each lane had been busy when it began.
@@ -34,13 +36,14 @@ class Passing:
 
     step: int
     evaluate: bool
+    committed: int
     chunks: int
     most_in_flight: int
     codecs: Streams
     driver: Driver
     driving: asyncio.Task[None] = field(init=False)
     placed: dict[Action, Placed] = field(default_factory=dict)
-    samples: dict[int, int] = field(default_factory=dict)
+    sizes: dict[int, Sizes] = field(default_factory=dict)
     facts: dict[int, Facts] = field(default_factory=dict)
     in_flight: int = 0
     busy_before_s: Mapping[str, float] = field(default_factory=dict)
@@ -77,4 +80,4 @@ class Passing:
             self.in_flight -= 1
             self.facts.pop(action.chunk, None)
         if self.evaluate:
-            self.samples.pop(action.chunk, None)
+            self.sizes.pop(action.chunk, None)

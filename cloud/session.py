@@ -64,6 +64,7 @@ class Session:
         self._streams = LaneStreams(device)
         self._lanes = Lanes(self._tracer, threads)
         self._step = self._aborted = -1
+        self._committed = 0
         self._passing: Passing | None = None
         self._sent = Sent()
         self._resources = ExitStack()
@@ -99,9 +100,7 @@ class Session:
         self._middle = middle = await self._lanes.run(COMPUTE, "build", Middle, spec, self._device)
         self._work = Work(middle, self._streams, spec.seed)
         self._training = self._make_streams()
-        check_disk(
-            spec.codecs, {cut: middle.crossing(cut, gradients=False) for cut in CUTS}, self._disk_limit
-        )
+        check_disk(spec.codecs, {c: middle.crossing(c, gradients=False) for c in CUTS}, self._disk_limit)
         self._resources.callback(self._training.close)
         if middle.needs_weights:
             self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
@@ -142,14 +141,15 @@ class Session:
         state = self._incoming.take(message)
         if state is not None:
             self._incoming = None
-            await self._lanes.run(COMPUTE, "load", self._middle.load, state)
+            await self._lanes.run(COMPUTE, "load", self._work.between, self._middle.load, state)
+            self._committed = self._middle.committed
 
     async def _send_weights(self, message: Fetch) -> None:
         if message.what != "weights" or self._passing is not None:
             raise RemoteProtocolError(
                 f"{message.what!r} was asked for; there are weights to fetch, between steps"
             )
-        state = await self._lanes.run(COMPUTE, "state", self._middle.state)
+        state = await self._lanes.run(COMPUTE, "state", self._work.between, self._middle.state)
         for piece in weights_messages(state):
             await self._connection.send(piece)
 
@@ -163,11 +163,12 @@ class Session:
             if message.step <= self._step:
                 raise RemoteProtocolError(f"step {message.step} begins after step {self._step}")
             self._step = message.step
-            self._lanes.run(COMPUTE, "begin", self._middle.stage.begin_step)
+            self._lanes.run(COMPUTE, "begin", self._work.between, self._middle.stage.begin_step)
         schedule = cloud_schedule(message.chunks, evaluate=message.evaluate)
         passing = Passing(
             step=message.step,
             evaluate=message.evaluate,
+            committed=self._committed,
             chunks=message.chunks,
             most_in_flight=self._spec.in_flight,
             # An evaluation has streams of its own, so that it changes nothing of training.
@@ -243,8 +244,9 @@ class Session:
             raise RemoteProtocolError(f"commit of step {message.step} came before its last gradient had left")
         await passing.driving
         self._passing = None
+        self._committed += 1
         applied = [
-            self._lanes.run(COMPUTE, "commit", self._middle.commit, message.scale),
+            self._lanes.run(COMPUTE, "commit", self._work.between, self._middle.commit, message.scale),
             *self._settle(applied=True),
         ]
         self._tasks.create_task(self._confirm(passing, applied))
@@ -276,7 +278,10 @@ class Session:
         self._training_step(message, "abort")
         self._aborted = message.step
         self._cancel_step()
-        undone = [self._lanes.run(COMPUTE, "rollback", self._middle.rollback), *self._settle(applied=False)]
+        undone = [
+            self._lanes.run(COMPUTE, "rollback", self._work.between, self._middle.rollback),
+            *self._settle(applied=False),
+        ]
         await asyncio.gather(*undone)
 
     def _training_step(self, message: Commit | Abort, what: str) -> Passing:

@@ -1,14 +1,15 @@
 """What the lanes do with one chunk on the server: decode, forward, backward, encode."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from cloud.device import LaneStreams, Placed
-from cloud.middle import Middle
+from cloud.middle import UNKNOWN, Middle
 from cloud.passing import Passing
 from common.errors import IsthmusError
 from common.schedule import Action
@@ -17,6 +18,8 @@ from wire.codecs.base import NOTHING_KNOWN, Facts
 from wire.errors import CorruptPayload
 from wire.messages import Backward, Forward
 from wire.streams import IDS, Encodings, facts_of
+
+T = TypeVar("T")
 
 
 class Work:
@@ -35,9 +38,12 @@ class Work:
 
     def decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
         """Decode and check a chunk's tensors, onto the device."""
-        infos = self._middle.crossing(cut, gradients=isinstance(message, Backward))
+        # Of this pass: the commit before it may still wait to be computed.
+        infos = self._middle.crossing(
+            cut, gradients=isinstance(message, Backward), committed=passing.committed
+        )
         names = [info.name for info in infos]
-        decoder, samples, facts = passing.codecs.decoders[cut], passing.samples, passing.facts
+        decoder, sizes, facts = passing.codecs.decoders[cut], passing.sizes, passing.facts
         is_forward = isinstance(message, Forward)
         if is_forward and passing.codecs.uses_ids and not passing.evaluate:
             names.insert(0, IDS)
@@ -49,10 +55,9 @@ class Work:
                 facts[message.chunk] = facts_of(tensors)
             tensors.pop(IDS, None)
             for info, tensor in zip(infos, tensors.values(), strict=True):
-                came = self._middle.check(info, tensor, samples.get(message.chunk))
-                if came is not None:
-                    samples[message.chunk] = came
-            _check_ids(facts.get(message.chunk), samples.get(message.chunk))
+                seen = sizes.get(message.chunk, UNKNOWN)
+                sizes[message.chunk] = self._middle.check(info, tensor, seen)
+            _check_ids(facts.get(message.chunk), sizes.get(message.chunk, UNKNOWN).samples)
             return tuple(tensors.values())
 
         return self._streams.decode(work)
@@ -72,6 +77,11 @@ class Work:
             return results, None
         with self._streams.computing():
             return results, self._middle.finish_gradients()
+
+    def between(self, work: Callable[..., T], *args: object) -> T:
+        """Run what begins or ends a step, or reads or loads the weights, in order with what chunks compute."""
+        with self._streams.computing():
+            return work(*args)
 
     def encode(
         self, passing: Passing, action: Action, cut: int, names: list[str], placed: Placed

@@ -20,8 +20,17 @@ from common.conv_bottleneck import (
     parse_pairs,
     start_from_maps,
 )
+from common.decay_bottleneck import build_decay, parse_decay, start_rotated
 from common.errors import UserError
-from common.partition import Partition, Split
+from common.linear_bottleneck import (
+    build_linear,
+    choose_width,
+    described,
+    parse_linear,
+    start_from_tokens,
+)
+from common.narrowing import narrowing_layers
+from common.partition import Partition, ShapeAfter, Split
 from common.propagate import TensorInfo
 from common.seeding import derive_seed
 from common.stage import seeded
@@ -35,12 +44,14 @@ class Coders:
     Attributes:
         encoder: before the cut.
         decoder: after it; gives back the tensor's own shape.
-        crossing: what crosses between them.
+        crossing: what crosses between them in the first step.
+        shape_after: a sample's shape as a function of the committed steps, where it changes.
     """
 
     encoder: nn.Module
     decoder: nn.Module
     crossing: TensorInfo
+    shape_after: ShapeAfter | None = None
 
 
 @dataclass(frozen=True)
@@ -71,26 +82,67 @@ def _build_conv(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: tor
     return Coders(encoder=encoder, decoder=decoder, crossing=crossing)
 
 
+def _start_conv(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, maps: Tensor) -> None:
+    start_from_maps(encoder, decoder, maps)
+
+
+def _check_linear(spec: BottleneckSpec) -> None:
+    parse_linear(spec.args)
+
+
+def _build_linear(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: torch.Generator) -> Coders:
+    width = choose_width(parse_linear(spec.args), cut, info.shape)
+    encoder, decoder = build_linear(info.shape[-1], width)
+    crossing = replace(info, shape=(*info.shape[:-1], width), requires_grad=True)
+    return Coders(encoder=encoder, decoder=decoder, crossing=crossing)
+
+
+def _start_linear(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
+    if parse_linear(spec.args).start == "pca":
+        start_from_tokens(encoder, decoder, (tokens,))
+
+
+def _check_decay(spec: BottleneckSpec) -> None:
+    parse_decay(spec.args)
+
+
+def _build_decay(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: torch.Generator) -> Coders:
+    encoder, decoder, shape_after = build_decay(parse_decay(spec.args), cut, info.shape)
+    crossing = replace(info, requires_grad=True)
+    return Coders(encoder=encoder, decoder=decoder, crossing=crossing, shape_after=shape_after)
+
+
+def _start_decay(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
+    if parse_decay(spec.args).start == "pca":
+        start_rotated(encoder, decoder, (tokens,))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """How a kind of bottleneck is checked and built.
 
     Attributes:
         check: raises UserError for arguments that do not parse.
-        dims: the dimensions, with the batch's, of the tensors that get one.
+        dims: the dimensions, with the batch's, of the tensors that get one; of several, the first that crosses.
+        needs: the same in words.
         build: from the specification, the cut's number, the tensor, and a generator of first weights.
         start: starts encoder and decoder anew from a tensor as it crosses without them.
     """
 
     check: Callable[[BottleneckSpec], None]
-    dims: int
+    dims: tuple[int, ...]
+    needs: str
     build: Callable[[BottleneckSpec, int, TensorInfo, torch.Generator], Coders]
-    start: Callable[[nn.Module, nn.Module, Tensor], None]
+    start: Callable[[BottleneckSpec, nn.Module, nn.Module, Tensor], None]
 
 
+_CONV = Kind(check=_check_conv, dims=(4,), needs="a map [B,C,H,W]", build=_build_conv, start=_start_conv)
+_TOKENS = "tokens [B,S,H] or features [B,H]"
 KINDS = {
-    "conv": Kind(check=_check_conv, dims=4, build=_build_conv, start=start_from_maps),
-    "conv2": Kind(check=_check_conv, dims=4, build=_build_conv, start=start_from_maps),
+    "conv": _CONV,
+    "conv2": _CONV,
+    "linear": Kind(check=_check_linear, dims=(3, 2), needs=_TOKENS, build=_build_linear, start=_start_linear),
+    "decay": Kind(check=_check_decay, dims=(3, 2), needs=_TOKENS, build=_build_decay, start=_start_decay),
 }
 
 
@@ -133,7 +185,7 @@ def build_pair(cut: int, info: TensorInfo, spec: BottleneckSpec, seed: int, posi
 def with_bottleneck(split: Split, specs: Sequence[str], *, seed: int) -> Split:
     """Insert bottlenecks at the cuts of a split model.
 
-    Every floating-point tensor of the kind's number of dimensions gets a pair. Parameters are named
+    Every floating-point tensor of a number of dimensions that suits the kind gets a pair. Parameters are named
     ``bottleneck.cut1.encoder.0.weight`` and so on, with the tensor's position after the cut where several get
     one.
 
@@ -161,7 +213,13 @@ def with_bottleneck(split: Split, specs: Sequence[str], *, seed: int) -> Split:
         tuple(coders[i].crossing if i in coders else info for i, info in enumerate(infos))
         for coders, infos in zip(cuts, (split.cut1, split.cut2), strict=True)
     ]
-    return replace(split, cut1=crossing[0], cut2=crossing[1])
+    shapes = {
+        (cut, position): pair.shape_after
+        for cut, coders in zip((1, 2), cuts, strict=True)
+        for position, pair in coders.items()
+        if pair.shape_after is not None
+    }
+    return replace(split, cut1=crossing[0], cut2=crossing[1], shapes=shapes)
 
 
 @torch.no_grad()
@@ -188,9 +246,30 @@ def start_from_samples(split: Split, specs: Sequence[str], inputs: Sequence[Tens
             crossed = list(outputs[: len(infos)])
             for position, path in before.encoders.items():
                 encoder, decoder = before.get_submodule(path), after.get_submodule(after.decoders[position])
-                KINDS[parse_bottleneck(text).kind].start(encoder, decoder, outputs[position])
+                spec = parse_bottleneck(text)
+                KINDS[spec.kind].start(
+                    spec, encoder, decoder, without_padding(outputs[position], encoder, inputs)
+                )
                 crossed[position] = decoder(encoder(outputs[position]))
             tensors = tuple(crossed)
+
+
+def without_padding(tensor: Tensor, encoder: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    """Leave padding out of what an encoder is fitted to: what a model makes of it means nothing.
+
+    Args:
+        tensor: what crosses, ``[B, S, H]`` for text.
+        encoder: what it is for; one that works along S needs every position.
+        inputs: what the front was given; the mask among them says which tokens are no padding.
+
+    Returns:
+        The tokens, ``[1, N, H]``, or the tensor itself where nothing is to be left out.
+    """
+    mask = next((given for given in inputs if given.dtype == torch.bool and given.dim() == 2), None)
+    along_sequence = any(layer.along_sequence for layer in narrowing_layers(encoder))
+    if mask is None or along_sequence or tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[mask][None]
 
 
 def _narrow(
@@ -199,17 +278,18 @@ def _narrow(
     if spec is None:
         return {}
     kind = KINDS[spec.kind]
-    fitting = [
-        position
-        for position, info in enumerate(infos)
-        if info.dtype.is_floating_point and info.rows == 1 and len(info.shape) + 1 == kind.dims
-    ]
-    if not fitting:
-        shapes = ", ".join(f"[B,{','.join(map(str, info.shape))}]" for info in infos)
-        raise UserError(
-            f"{spec.kind} needs a map [B,C,H,W], and {shapes} crosses cut {cut}; use codecs or another cut"
-        )
-    return {position: build_pair(cut, infos[position], spec, seed, position) for position in fitting}
+    for dims in kind.dims:
+        fitting = [
+            position
+            for position, info in enumerate(infos)
+            if info.dtype.is_floating_point and info.rows == 1 and len(info.shape) + 1 == dims
+        ]
+        if fitting:
+            return {position: build_pair(cut, infos[position], spec, seed, position) for position in fitting}
+    shapes = ", ".join(described(info.shape) for info in infos)
+    raise UserError(
+        f"{spec.kind} needs {kind.needs}, and {shapes} crosses cut {cut}; use codecs or another cut"
+    )
 
 
 def _insert(cut: int, coders: dict[int, Coders], before: Partition, after: Partition) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.bottleneck_options import not_expected
 from common.errors import UserError
 
 _PAIR = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,3})", re.ASCII)
@@ -64,7 +65,7 @@ def parse_pairs(kind: str, args: str) -> tuple[tuple[Pair, ...], ...]:
         match = _PAIR.match(args, place)
         if match is None:
             part = _PART_OF_PAIR.match(args, place)
-            raise _syntax_error(kind, args, part.end() if part else place)
+            raise not_expected(kind, args, part.end() if part else place, _GRAMMAR)
         pairs.append(Pair(int(match[1]), int(match[2])))
         place = match.end()
         mark = args[place : place + 1]
@@ -76,16 +77,9 @@ def parse_pairs(kind: str, args: str) -> tuple[tuple[Pair, ...], ...]:
         if mark == "":
             break
         if mark not in (",", "/") or (mark == "," and len(cuts) == 2):
-            raise _syntax_error(kind, args, place)
+            raise not_expected(kind, args, place, _GRAMMAR)
         place += 1
     return tuple(cuts)
-
-
-def _syntax_error(kind: str, args: str, place: int) -> UserError:
-    found = repr(args[place]) if place < len(args) else "the end"
-    return UserError(
-        f"{kind}:{args}: {found} at character {len(kind) + 2 + place} is not expected; {_GRAMMAR}"
-    )
 
 
 def choose_pairs(kind: str, args: str, cut: int, shape: Sequence[int]) -> tuple[Pair, ...]:

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
-from common.dataflow import OUTPUT_PART, Flow, assign, make_changes_local, make_numbers_local
+from common.dataflow import OUTPUT_PART, Flow, assign, make_changes_local
 from common.errors import UserError
 from common.graph import Traced, find_cut
-from common.propagate import TensorInfo, describe, propagate
+from common.propagate import TensorInfo, propagate
+from common.rederive import make_masks_local, make_numbers_local
 
 PIECES = ("submod_0", "submod_1", "submod_2")
 
@@ -84,6 +85,7 @@ def cut_in_three(
     found = propagate(model, traced, inputs, training)
     flow = Flow(model, traced, found, assign(traced, found, places))
     make_changes_local(flow)
+    make_masks_local(flow)
     make_numbers_local(flow)
     thirds = _split(flow, len(inputs))
     if not thirds.crossing.cut1 or not thirds.crossing.cut2:
@@ -139,7 +141,7 @@ def _attribute(model: nn.Module, path: str) -> Any:
 
 def _info(flow: Flow, name: str) -> TensorInfo:
     full_name, values = flow.traced.names[name], flow.found.values[name]
-    info = describe(full_name, values)
+    info = flow.found.describe(name, full_name)
     if info is None:
         shape = f" of shape {tuple(values[0].shape)}" if isinstance(values[0], Tensor) else ""
         raise UserError(

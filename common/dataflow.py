@@ -1,30 +1,25 @@
 """Makes what flows across a cut explicit and sendable, before a graph is split.
 
-Three things that are harmless in one process are not between two:
+Things that are harmless in one process are not between two:
 
-- An operation that changes its argument in place, when that argument comes from the partition before: it
-would fail
-  on a leaf that needs a gradient, or corrupt a buffer that is being sent. It is made out of place, and only
+- An operation that changes its argument in place, when that argument comes from the partition before: it would
+  fail on a leaf that needs a gradient, or corrupt a buffer that is being sent. It is made out of place, and only
   it.
 - A tuple: its elements are taken out of it where it is made.
-- An integer, such as a size: it is a constant, or follows the batch and is read off a tensor that crosses
-anyway.
+- Masks and numbers: `common.rederive` makes them anew where they are used.
 """
 
 import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional
 from torch import Tensor, fx, nn
 
 from common.errors import UserError
 from common.graph import Traced
-from common.propagate import BATCHES, Propagated, describe
+from common.propagate import Propagated
 
 OUTPUT_PART = 2
 
@@ -159,68 +154,3 @@ def _edit(flow: Flow, node: fx.Node) -> bool:
 
 def _out_of_place_name(name: str) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else "none"
-
-
-def make_numbers_local(flow: Flow) -> None:
-    """Replace what crosses a cut and is no tensor by a constant or by the size of a tensor that crosses.
-
-    Raises:
-        UserError: it is neither.
-    """
-    for node in list(flow.traced.operations()):
-        values = flow.found.values[node.name]
-        if isinstance(values[0], Tensor):
-            continue
-        for user in flow.crossing_users(node):
-            number = _number(flow, values, user)
-            if number is _UNKNOWN:
-                kind, names = type(values[0]).__name__, flow.traced.names
-                raise UserError(
-                    f"{names[node.name]} yields a {kind}, which cannot cross a cut on its way to "
-                    f"{names[user.name]}; choose another cut"
-                )
-            put = partial(_put, node, number)
-            user.args, user.kwargs = fx.map_arg(user.args, put), fx.map_arg(user.kwargs, put)
-
-
-def _put(node: fx.Node, number: Any, argument: fx.Node) -> Any:
-    return number if argument is node else argument
-
-
-_UNKNOWN = object()
-
-
-def _number(flow: Flow, values: list[Any], user: fx.Node) -> Any:
-    first, second = values
-    if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):
-        items = [_number(flow, list(pair), user) for pair in zip(first, second, strict=True)]
-        return _UNKNOWN if any(item is _UNKNOWN for item in items) else tuple(items)
-    if not isinstance(first, int | float | bool | str | torch.dtype | torch.device | None):
-        return _UNKNOWN
-    if first == second and not isinstance(first, torch.device):
-        return first
-    if not isinstance(first, int) or first * BATCHES[1] != second * BATCHES[0] or first % BATCHES[0]:
-        return _UNKNOWN
-    return _batch_multiple(flow, first // BATCHES[0], user)
-
-
-def _batch_multiple(flow: Flow, factor: int, user: fx.Node) -> Any:
-    """Insert before a node the batch times a factor, read off a tensor that crosses to its partition."""
-    graph, part = flow.traced.graph, flow.part_of(user)
-    for source in graph.nodes:
-        info = describe(source.name, flow.found.values.get(source.name, [None]))
-        crosses = source.op != "get_attr" and any(
-            flow.part_of(u) == part for u in flow.crossing_users(source)
-        )
-        if info is None or not info.rows or not crosses:
-            continue
-        with graph.inserting_before(user):
-            size = graph.call_method("size", (source, 0))
-            batch = graph.call_function(operator.floordiv, (size, info.rows))
-            number = graph.call_function(operator.mul, (batch, factor))
-        for node, value in ((size, info.rows), (batch, 1), (number, factor)):
-            flow.part[node.name] = part
-            flow.found.values[node.name] = [value * b for b in BATCHES]
-            flow.traced.names[node.name] = node.name
-        return number
-    return _UNKNOWN

@@ -1,11 +1,10 @@
-"""Models by name: torchvision's classifiers and those that a user registers."""
+"""Models by name: torchvision's classifiers, Hugging Face's text encoders and those that a user registers."""
 
 import difflib
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -13,7 +12,11 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
+from common import text_models
 from common.errors import UserError
+from common.model_spec import ModelSpec
+from common.partition import image_input
+from common.propagate import TensorInfo
 from common.stage import seeded
 from common.vision import models as vision_models
 from common.weights import BOTTLENECK_PREFIX, load_state
@@ -31,28 +34,6 @@ DEFAULT_IMAGE_SIZE = 224
 # What a client may ask of a server's memory.
 MOST_CLASSES = 100_000
 LARGEST_IMAGE = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """Which model, and what it starts from.
-
-    Attributes:
-        name: of a torchvision classifier or of a registered model.
-        num_classes: outputs of the classifier. Where the checkpoint has another number, the last layer starts
-            anew.
-        weights: torchvision's name (``IMAGENET1K_V1``, ``DEFAULT``), the path of a state dict
-            (``.safetensors``, or ``.pt``/``.pth`` of plain tensors), or None for random weights.
-        seed: of random weights.
-        image_size: side of the square input in pixels, for models that are built for one (vision
-            transformers); None for the model's own.
-    """
-
-    name: str
-    num_classes: int
-    weights: str | None = None
-    seed: int = 0
-    image_size: int | None = None
 
 
 def register_model(name: str, builder: Callable[..., nn.Module]) -> None:
@@ -103,22 +84,40 @@ def default_image_size(name: str, weights: str | None = None) -> int:
     return int(getattr(chosen.transforms, "keywords", {}).get("crop_size", DEFAULT_IMAGE_SIZE))
 
 
-def build_model(spec: ModelSpec) -> nn.Module:
+def model_inputs(spec: ModelSpec) -> tuple[TensorInfo, ...]:
+    """Describe what a model takes.
+
+    Raises:
+        UserError: a text model has no place for so many tokens.
+    """
+    if spec.config is None:
+        return image_input(spec.image_size or default_image_size(spec.name))
+    return text_models.inputs_of(spec.config, spec.tokens or text_models.DEFAULT_TOKENS)
+
+
+def build_model(spec: ModelSpec, *, offline: bool = False) -> nn.Module:
     """Build a model on the CPU, in training mode: a pure function of the spec and of the file that it names.
 
     Random weights come from torch's default generator seeded with ``spec.seed``, which is put back as it was.
+
+    Args:
+        spec: what to build.
+        offline: take a text model's weights from this machine, and fetch none.
 
     Raises:
         UserError: no such model or weights, weights that cannot be fetched or read, or that belong to another
             model.
     """
-    _check_name(spec.name)
+    if spec.config is None:
+        _check_name(spec.name)
     for what, number, most in (
         ("number of classes", spec.num_classes, MOST_CLASSES),
         ("image size", spec.image_size or DEFAULT_IMAGE_SIZE, LARGEST_IMAGE),
     ):
         if not 1 <= number <= most:
             raise UserError(f"the {what} must be from 1 to {most}, not {number}")
+    if spec.config is not None and spec.weights == text_models.PRETRAINED:
+        return _build_text(spec, spec.config, pretrained=True, offline=offline)
     if spec.weights is None or spec.name in _registered or is_path(spec.weights):
         model = _build_random(spec)
         if spec.weights is not None:
@@ -223,9 +222,19 @@ def _builder_options(spec: ModelSpec, image_size: int | None, transform_input: b
     return options
 
 
+def _build_text(
+    spec: ModelSpec, config: Mapping[str, Any], *, pretrained: bool = False, offline: bool = True
+) -> nn.Module:
+    return text_models.build_text_model(
+        spec.name, config, spec.num_classes, seed=spec.seed, pretrained=pretrained, offline=offline
+    )
+
+
 def _build_random(
     spec: ModelSpec, *, image_size: int | None = None, transform_input: bool = False
 ) -> nn.Module:
+    if spec.config is not None:
+        return _build_text(spec, spec.config)
     with seeded(spec.seed, torch.device("cpu")), torch.device("cpu"):
         if spec.name in _registered:
             builder = _registered[spec.name]

@@ -3,25 +3,41 @@
     front ──cut 1──▶ middle ──cut 2──▶ back
       └────────── kept ─────────────────┘      stays on the edge
 
-`split` traces the model with torch.fx, splits the graph with torch's own pass and puts each part back over
-the original module tree: a partition's state dict has the model's own names, the three together have all of
-them, and running the three in turn computes bitwise what the model does.
+`split` traces the model with torch.fx, or torch.export where the number of tokens varies, splits the graph
+with torch's own pass and puts each part back over the original module tree: a partition's state dict has the
+model's own names, the three together have all of them, and running the three in turn computes bitwise what
+the model does.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from torch import Tensor, fx, nn
 
 from common.crossing import Crossing, cut_in_three
 from common.errors import UserError
+from common.exported import export_modes
 from common.graph import trace_modes
+from common.inputs import image_input, text_input
 from common.presets import preset_cuts
 from common.propagate import TensorInfo
 
-__all__ = ["PARTS", "Partition", "Split", "image_input", "preset_cuts", "split"]
+__all__ = [
+    "PARTS",
+    "Partition",
+    "ShapeAfter",
+    "Split",
+    "image_input",
+    "preset_cuts",
+    "split",
+    "text_input",
+]
 
 PARTS = ("front", "middle", "back")
+
+ShapeAfter: TypeAlias = Callable[[int], tuple[int, ...]]
+"""A sample's shape where it crosses, from the number of committed steps."""
 
 
 class Partition(nn.Module):
@@ -139,11 +155,12 @@ class Split:
         middle: takes the tensors of cut 1 and returns those of cut 2.
         back: takes the tensors of cut 2, then those of `kept`; returns the model's outputs.
         inputs: the model's inputs.
-        cut1: the tensors that cross from front to middle.
-        cut2: the tensors that cross from middle to back.
+        cut1: the tensors that cross from front to middle, in the first step; they never grow.
+        cut2: the tensors that cross from middle to back, likewise.
         kept: the tensors that go from front to back and stay on the edge.
         dense1: what would cross at cut 1 without a bottleneck.
         dense2: what would cross at cut 2 without a bottleneck.
+        shapes: by cut and position, of the tensors that narrow as training goes on.
     """
 
     front: Partition
@@ -155,6 +172,7 @@ class Split:
     kept: tuple[TensorInfo, ...]
     dense1: tuple[TensorInfo, ...]
     dense2: tuple[TensorInfo, ...]
+    shapes: Mapping[tuple[int, int], ShapeAfter] = field(default_factory=dict)
 
     @property
     def partitions(self) -> dict[str, Partition]:
@@ -164,6 +182,16 @@ class Split:
     def dense_bytes(self, batch: int) -> int:
         """Return the bytes of one crossing of both cuts by a batch, without a bottleneck or a codec."""
         return sum(info.dense_bytes(batch) for info in (*self.dense1, *self.dense2))
+
+    def crossing(self, cut: int, committed: int) -> tuple[TensorInfo, ...]:
+        """Describe what crosses a cut once so many steps have been committed."""
+        infos = self.cut1 if cut == 1 else self.cut2
+        return tuple(
+            replace(info, shape=self.shapes[cut, position](committed))
+            if (cut, position) in self.shapes
+            else info
+            for position, info in enumerate(infos)
+        )
 
     def back_inputs(self, cut2: Sequence[Tensor], front_outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Join what crossed cut 2 with those of the front's outputs that are kept for the back."""
@@ -188,11 +216,6 @@ class Split:
         return results
 
 
-def image_input(size: int, channels: int = 3) -> tuple[TensorInfo, ...]:
-    """Describe the input of an image classifier: `[B, channels, size, size]`, float32."""
-    return (TensorInfo(name="x", shape=(channels, size, size)),)
-
-
 def split(model: nn.Module, cuts: tuple[str, str], inputs: Sequence[TensorInfo]) -> Split:
     """Split a model by two cut points.
 
@@ -205,7 +228,9 @@ def split(model: nn.Module, cuts: tuple[str, str], inputs: Sequence[TensorInfo])
         UserError: a model that cannot be traced or does not take these inputs, an unknown cut, cuts in the
             wrong order, or a cut that something other than batched tensors would have to cross.
     """
-    traces = trace_modes(model)
+    # torch.fx cannot follow sizes that vary beside the batch's.
+    varies = any(info.token_dims for info in inputs)
+    traces = export_modes(model, inputs) if varies else trace_modes(model)
     training = cut_in_three(model, traces[True], cuts, inputs, training=True)
     evaluation = training
     if traces[False] is not traces[True]:

@@ -1,5 +1,7 @@
 """Cut points that suit the well-known families: after the stem, and before the pooling and the classifier.
 
+In a text encoder that is after the first layer's attention, and after the last layer.
+
 The stem's map is large but its channels are few and cheap to make, and what comes before the classifier is
 the smallest tensor of the model: together they leave nearly all the work in the middle and the labels on the
 edge.
@@ -73,6 +75,8 @@ def preset_cuts(name: str, model: nn.Module | None = None) -> tuple[str, str]:
     Raises:
         UserError: the family has no preset, and there is no model or none are found in it.
     """
+    if model is not None and hasattr(getattr(model, "config", None), "num_hidden_layers"):
+        return encoder_cuts(model)
     for pattern, cuts in _PRESETS:
         if re.match(pattern, name):
             return cuts
@@ -114,3 +118,23 @@ def _is_tail(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return _is_module(model, node, _TAIL_MODULES)
     return _TAIL_OPERATIONS.fullmatch(node.name) is not None
+
+
+# The last child of a layer before its feed-forward part, the first that there is.
+_ATTENTION_ENDS = ("sa_layer_norm", "post_attention_layernorm", "attention", "attn", "self_attn")
+
+
+def encoder_cuts(model: nn.Module) -> tuple[str, str]:
+    """Find an encoder's cut points: after the attention of its first layer, and after its last layer.
+
+    Raises:
+        UserError: it has no list of layers, or they have no attention.
+    """
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            children = dict(module[0].named_children())
+            end = next((name for name in _ATTENTION_ENDS if name in children), None)
+            if end is not None:
+                return f"{path}.0.{end}", path
+    raise UserError(f"no good cut points are found in {type(model).__name__}; name two with --cut")

@@ -1,8 +1,8 @@
 """What a traced model computes, found without computing it: shapes, gradients, and who changes what in place.
 
 The graph runs on the meta device, where tensors have shapes, dtypes, version counters and storages but no
-data, once with a batch of 2 and once with a batch of 3. What differs between the two follows the batch; what
-is equal does not.
+data, twice, with another batch and another number of tokens. What differs between the two follows the one or
+the other; what is equal does not.
 """
 
 import copy
@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.graph import Traced, mode
 
 BATCHES = (2, 3)
+TOKENS = (5, 7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class TensorInfo:
         requires_grad: whether a gradient comes back for it.
         rows: entries along dimension 0 for each sample: 1 but for windowed attention, 0 for a tensor that has
             no batch dimension.
+        token_dims: the dimensions of `shape` that follow the number of tokens; there it has the largest.
     """
 
     name: str
@@ -37,10 +39,21 @@ class TensorInfo:
     dtype: torch.dtype = torch.float32
     requires_grad: bool = False
     rows: int = 1
+    token_dims: tuple[int, ...] = ()
 
-    def batched(self, batch: int) -> tuple[int, ...]:
-        """Return the whole shape for a batch of that many samples."""
-        return (self.rows * batch, *self.shape) if self.rows else self.shape
+    def batched(self, batch: int, tokens: int | None = None) -> tuple[int, ...]:
+        """Return the whole shape for a batch of that many samples, of so many tokens or the most."""
+        shape = list(self.shape)
+        if tokens is not None:
+            for dim in self.token_dims:
+                shape[dim] = tokens
+        return (self.rows * batch, *shape) if self.rows else tuple(shape)
+
+    def tokens(self, shape: Sequence[int]) -> int | None:
+        """Return how many tokens a tensor of that whole shape has; None where their number is fixed."""
+        if not self.token_dims or len(shape) != len(self.shape) + (self.rows > 0):
+            return None
+        return shape[self.token_dims[0] + (self.rows > 0)]
 
     def dense_bytes(self, batch: int) -> int:
         """Return the bytes of the tensor for that many samples."""
@@ -52,7 +65,8 @@ class Propagated:
     """What every node yields, by the node's name in the graph.
 
     Attributes:
-        values: the value for each batch in `BATCHES`; tensors are on the meta device.
+        values: the value for each of `BATCHES` and `TOKENS`; tensors are on the meta device.
+        most_tokens: of the inputs; None where their number is fixed.
         storages: identities of the storages that a node's tensors lie in; equal ones alias.
         changes: for a node that changes an argument in place, the names of the changed argument nodes.
     """
@@ -60,6 +74,41 @@ class Propagated:
     values: dict[str, list[Any]] = field(default_factory=dict)
     storages: dict[str, frozenset[int]] = field(default_factory=dict)
     changes: dict[str, list[str]] = field(default_factory=dict)
+    most_tokens: int | None = None
+
+    def describe(self, node: str, name: str) -> TensorInfo | None:
+        """Describe what a node yields.
+
+        Args:
+            node: its name in the graph.
+            name: for the description.
+
+        Returns:
+            None for what is no tensor, or has its batch dimension elsewhere than first.
+        """
+        values = self.values.get(node, [None])
+        if not all(isinstance(value, Tensor) for value in values):
+            return None
+        first, second = values
+        if first.dim() != second.dim():
+            return None
+        sizes = list(zip(first.shape, second.shape, strict=True))
+        rows = 0
+        if sizes and sizes[0][0] != sizes[0][1] and sizes[0] != TOKENS:
+            rows = sizes.pop(0)[0] // BATCHES[0]
+        varying = [dim for dim, pair in enumerate(sizes) if pair[0] != pair[1]]
+        follows_batch = not rows or (first.shape[0], second.shape[0]) == tuple(rows * b for b in BATCHES)
+        if not follows_batch or any(sizes[dim] != TOKENS or self.most_tokens is None for dim in varying):
+            return None
+        shape = [(self.most_tokens or 0) if dim in varying else pair[0] for dim, pair in enumerate(sizes)]
+        return TensorInfo(
+            name=name,
+            shape=tuple(shape),
+            dtype=first.dtype,
+            requires_grad=first.requires_grad,
+            rows=rows,
+            token_dims=tuple(varying),
+        )
 
 
 class _Recorder(fx.Interpreter):
@@ -127,12 +176,12 @@ def propagate(model: nn.Module, traced: Traced, inputs: Sequence[TensorInfo], tr
     Raises:
         UserError: the model does not take these inputs.
     """
-    found = Propagated()
+    found = Propagated(most_tokens=next((i.tokens(i.batched(1)) for i in inputs if i.token_dims), None))
     structure = meta_copy(model)
     try:
         with mode(structure, training), torch.enable_grad(), torch.device("meta"):
-            for batch in BATCHES:
-                samples = [torch.empty(info.batched(batch), dtype=info.dtype) for info in inputs]
+            for batch, tokens in zip(BATCHES, TOKENS, strict=True):
+                samples = [torch.empty(info.batched(batch, tokens), dtype=info.dtype) for info in inputs]
                 _Recorder(structure, traced.graph, found).run(*samples)
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         shapes = ", ".join(str(info.shape) for info in inputs)
@@ -141,26 +190,3 @@ def propagate(model: nn.Module, traced: Traced, inputs: Sequence[TensorInfo], tr
             f"{type(model).__name__} does not run on inputs of shape {shapes}: {reason}"
         ) from error
     return found
-
-
-def describe(name: str, values: Sequence[Any]) -> TensorInfo | None:
-    """Describe a node's tensor from its values for `BATCHES`.
-
-    Returns:
-        None for what is no tensor, or has its batch dimension elsewhere than first.
-    """
-    if not all(isinstance(value, Tensor) for value in values):
-        return None
-    first, second = values
-    rows, odd = divmod(first.shape[0], BATCHES[0]) if first.dim() else (0, 0)
-    if first.shape == second.shape:
-        rows = 0
-    elif odd or first.shape[1:] != second.shape[1:] or second.shape[0] != rows * BATCHES[1]:
-        return None
-    return TensorInfo(
-        name=name,
-        shape=tuple(first.shape[1:] if rows else first.shape),
-        dtype=first.dtype,
-        requires_grad=first.requires_grad,
-        rows=rows,
-    )

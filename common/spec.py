@@ -6,8 +6,10 @@ from typing import Any
 
 from common.choices import AMP, MEMORY_FORMATS
 from common.errors import UserError
-from common.models import ModelSpec, is_path
+from common.model_spec import ModelSpec
+from common.models import is_path
 from common.optim import OptimSpec
+from common.text_models import LARGEST_LENGTH, check_config
 
 CUTS = (1, 2)
 DIRECTIONS = ("act", "grad")
@@ -72,6 +74,7 @@ class JobSpec:
             ("chunks in flight", self.in_flight, 1, MAX_CHUNKS),
             ("seed", self.seed, 0, (1 << 63) - 1),
             ("the model's seed", self.model.seed, 0, (1 << 63) - 1),
+            ("the most tokens", self.model.tokens or 1, 1, LARGEST_LENGTH),
         ):
             if not low <= number <= high:
                 raise UserError(f"{name} must be from {low} to {high}, not {number}")
@@ -95,8 +98,10 @@ class JobSpec:
         """
         checked = _checked("job", values, _JOB_TYPES)
         model = _checked("model", checked.pop("model"), _MODEL_TYPES)
+        if model["config"] is not None:
+            model["config"] = check_config(model["config"])
         if model["weights"] is not None and is_path(model["weights"]):
-            raise UserError("a job names pretrained weights by torchvision's name, never by a path")
+            raise UserError("a job names pretrained weights by name, never by a path")
         cuts, bottlenecks = (
             _pair("cuts", checked.pop("cuts")),
             _pair("bottlenecks", checked.pop("bottlenecks")),
@@ -136,6 +141,8 @@ _MODEL_TYPES: dict[str, type | tuple[type, ...]] = {
     "weights": (str, type(None)),
     "seed": int,
     "image_size": (int, type(None)),
+    "config": (dict, type(None)),
+    "tokens": (int, type(None)),
 }
 
 

@@ -2,7 +2,7 @@
 
 A step on a stage is a transaction (DESIGN invariant 2)::
 
-    begin_step ── forward(chunk) / backward(chunk) … ── commit(scale)      weights, momenta, schedule move
+    begin_step ── forward(chunk) / backward(chunk) … ── commit(scale)      weights, momenta, schedule, widths move
               └──────────────────────────────────────── rollback()         everything is as before begin_step
 
 The graph of a chunk lives from its forward to its backward. Both may be called for different chunks in any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.narrowing import count_step, narrowing_layers, penalize
 from common.optim import OptimSpec, apply_scale, build_optimizer, grad_norm_sq
 from common.seeding import derive_seed
 
@@ -121,6 +122,7 @@ class Stage:
         self._saved_buffers: dict[str, Tensor] | None = None
         self._buffers = {name: b for name, b in partition.named_buffers() if b is not None}
         self._parameters = [p for p in partition.parameters() if p.requires_grad]
+        self._narrowing = list(narrowing_layers(partition))
         if optim is not None:
             self.optimizer, self.scheduler = build_optimizer(optim, self._parameters)
 
@@ -198,13 +200,16 @@ class Stage:
         return grad_norm_sq(self._parameters)
 
     def commit(self, scale: float | None = None) -> None:
-        """Apply the step: scale the gradients if asked, then move weights and schedule."""
+        """Apply the step: scale the gradients if asked, then move weights, schedule and widths."""
         assert not self._chunks, f"{len(self._chunks)} chunks are still in flight"
         if scale is not None:
             apply_scale(self._parameters, scale)
+        # After clipping: a steady pull, whatever the gradients are, that the norm of the three parts leaves out.
+        penalize(self._narrowing)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        count_step(self._narrowing, self.optimizer)
         self._saved_buffers = None
 
     def rollback(self) -> None:

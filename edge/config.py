@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.choices import AMP, MEMORY_FORMATS
+from common.choices import AMP, MEMORY_FORMATS, OPTIMIZERS, PADDINGS, SCHEDULES
 from common.errors import UserError
 
 DEFAULT_PORT = 7433
@@ -17,26 +17,32 @@ class TrainConfig:
 
     Attributes:
         server: ``HOST:PORT`` of the cloud server.
-        model: a name from torchvision's classifiers, or a registered one.
-        weights: torchvision's name of pretrained weights, a state-dict file, or None for random ones.
+        model: a name from torchvision's classifiers, a registered one, or ``hf:`` and a text model's name or folder.
+        weights: torchvision's name of pretrained weights, a state-dict file, ``random``, or None for random ones,
+            for text those that come with the model.
         cuts: the two cut points; empty for the model's preset.
-        data: a data set's name, or ``folder:PATH``.
+        data: a data set's name, ``folder:PATH``; for text ``cola:PATH`` or ``hf:NAME``.
         data_root: where downloaded data sets lie.
         image_size: side of the images in pixels; None for the model's own.
+        max_length: the most tokens of a text; None for 128.
+        padding: ``longest`` pads the texts of a chunk to the longest of them, ``max`` to `max_length`.
+        ragged: leave the padding of texts out of what crosses.
         num_classes: of the classifier; None for the data set's.
         compress: values of ``--compress``; one of them may stand without a tuple.
+        bottleneck: file of ``edge-client calibrate`` that the bottleneck starts from; None for the first images.
         batch_size: samples a step.
         chunks: micro-batches a step.
         depth: most chunks in flight; None to choose it from what the first steps take.
         epochs: passes over the training set; ignored where `steps` is given.
         steps: steps in all.
         seed: of weights, order, augmentation, dropout and rounding.
-        optimizer: ``sgd`` or ``adamw``.
+        optimizer: ``sgd`` or ``adamw``; None for ``sgd``, for text ``adamw``.
         lr: learning rate; None for the optimizer's default here.
         momentum: of SGD.
         weight_decay: as the optimizer means it.
-        schedule: ``constant``, ``linear``, ``cosine`` or ``polynomial``.
-        warmup_steps: steps to reach the full learning rate.
+        schedule: ``constant``, ``linear``, ``cosine`` or ``polynomial``; None for ``constant``, for text
+            ``polynomial``.
+        warmup_steps: steps to reach the full learning rate; None for none, for text a sixteenth of all.
         power: of the polynomial schedule.
         clip_norm: largest global gradient norm; None for no clipping.
         amp: ``none``, ``bf16`` or ``fp16`` on the server.
@@ -58,20 +64,24 @@ class TrainConfig:
     data: str = "digits"
     data_root: Path | None = None
     image_size: int | None = None
+    max_length: int | None = None
+    padding: str = "longest"
+    ragged: bool = True
     num_classes: int | None = None
     compress: tuple[str, ...] | str = ("none",)
+    bottleneck: Path | None = None
     batch_size: int = 64
     chunks: int = 8
     depth: int | None = None
     epochs: int = 1
     steps: int | None = None
     seed: int = 0
-    optimizer: str = "sgd"
+    optimizer: str | None = None
     lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
+    schedule: str | None = None
+    warmup_steps: int | None = None
     power: float = 1.0
     clip_norm: float | None = None
     amp: str = "none"
@@ -107,6 +117,7 @@ class TrainConfig:
             ("threads", self.threads, 1),
             ("image-size", self.image_size, 1),
             ("num-classes", self.num_classes, 1),
+            ("max-length", self.max_length, 4),
             ("train-limit", self.train_limit, 1),
             ("test-limit", self.test_limit, 1),
             ("eval-every", self.eval_every, 0),
@@ -121,12 +132,15 @@ class TrainConfig:
                 f"a batch of {self.batch_size} cannot be cut into {self.chunks} chunks: "
                 f"give --chunks {self.batch_size} or fewer, or a larger --batch-size"
             )
-        if self.amp not in AMP:
-            raise UserError(f"--amp must be one of {', '.join(AMP)}, not {self.amp!r}")
-        if self.memory_format not in MEMORY_FORMATS:
-            raise UserError(
-                f"--memory-format must be one of {', '.join(MEMORY_FORMATS)}, not {self.memory_format!r}"
-            )
+        for name, chosen, choices in (
+            ("amp", self.amp, AMP),
+            ("memory-format", self.memory_format, MEMORY_FORMATS),
+            ("padding", self.padding, PADDINGS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if chosen is not None and chosen not in choices:
+                raise UserError(f"--{name} must be one of {', '.join(choices)}, not {chosen!r}")
         for option, path in (("save", self.save), ("metrics", self.metrics), ("trace", self.trace)):
             why_not = None if path is None else _why_not(path, in_place=option == "metrics")
             if why_not is not None:
@@ -135,6 +149,62 @@ class TrainConfig:
     def at(self, server: str) -> "TrainConfig":
         """Return the same settings for another server."""
         return replace(self, server=server)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """Settings of ``edge-client calibrate``; each is an option of the same name.
+
+    What `TrainConfig` has too means the same here.
+
+    Attributes:
+        save: where the bottleneck goes.
+        samples: training samples to record what crosses the cuts of.
+        epochs: passes over them; ignored where `steps` is given.
+        steps: of fitting, at each cut.
+        lr: of fitting, at first.
+    """
+
+    save: Path
+    model: str = TrainConfig.model
+    weights: str | None = None
+    cuts: tuple[str, ...] = ()
+    data: str = TrainConfig.data
+    data_root: Path | None = None
+    image_size: int | None = None
+    max_length: int | None = None
+    padding: str = TrainConfig.padding
+    num_classes: int | None = None
+    compress: tuple[str, ...] | str = ("conv",)
+    batch_size: int = TrainConfig.batch_size
+    samples: int = 2048
+    epochs: int = 10
+    steps: int | None = None
+    lr: float = 1e-3
+    seed: int = 0
+    threads: int | None = None
+    train_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without data or model.
+
+        Raises:
+            UserError: what is wrong, and what would be right.
+        """
+        for name, value in (("samples", self.samples), ("epochs", self.epochs), ("steps", self.steps)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"--lr must be above 0, not {self.lr}")
+        self.training()
+
+    def training(self) -> TrainConfig:
+        """Return the settings of a run that the bottleneck is for, as far as they matter to it."""
+        shared = {name: value for name, value in vars(self).items() if name not in _OF_FITTING}
+        return TrainConfig(server="127.0.0.1:1", chunks=1, steps=1, **shared)
+
+
+_OF_FITTING = ("samples", "epochs", "steps", "lr")
 
 
 def _why_not(path: Path, *, in_place: bool) -> str | None:

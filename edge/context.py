@@ -1,11 +1,14 @@
 """What every pass over the data works with, and how it is scored."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from common.lanes import DECODE, ENCODE, Lanes
 from common.memory_format import FORMATS
+from common.narrowing import committed_steps
 from common.partition import Split
 from common.propagate import TensorInfo
 from common.stage import Stage
@@ -20,13 +23,18 @@ class Score:
 
     Attributes:
         loss_sum: sum of the losses of the samples.
-        correct: samples whose largest logit was the label's.
-        samples: how many there were.
+        predicted: the classes of the largest logits, chunk by chunk.
+        labels: the right classes, chunk by chunk.
     """
 
     loss_sum: float = 0.0
-    correct: int = 0
-    samples: int = 0
+    predicted: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """How many there were."""
+        return sum(map(len, self.labels))
 
     @property
     def loss(self) -> float:
@@ -36,13 +44,21 @@ class Score:
     @property
     def accuracy(self) -> float:
         """The share of samples that were right."""
-        return self.correct / self.samples
+        hits = sum(int((p == y).sum()) for p, y in zip(self.predicted, self.labels, strict=True))
+        return hits / self.samples
+
+    @property
+    def mcc(self) -> float:
+        """Matthews' correlation coefficient, -1 to 1; 0 where all predictions are the same."""
+        from sklearn.metrics import matthews_corrcoef  # slow to import, and needed for text only
+
+        return float(matthews_corrcoef(torch.cat(self.labels).numpy(), torch.cat(self.predicted).numpy()))
 
     def add(self, mean_loss: float, logits: Tensor, labels: Tensor) -> None:
         """Count one chunk."""
         self.loss_sum += mean_loss * len(labels)
-        self.correct += int((logits.argmax(dim=1) == labels).sum())
-        self.samples += len(labels)
+        self.predicted.append(logits.argmax(dim=1))
+        self.labels.append(labels)
 
 
 @dataclass(kw_only=True)
@@ -57,7 +73,9 @@ class Context:
         codecs: the codec chain of each stream.
         lanes: compute, encode and decode threads.
         seed: the run's seed.
+        trim: drops what pads all the samples of a chunk.
         max_bytes: the largest tensor that a chunk may bring.
+        committed: steps committed so far, which what crosses may depend on.
         encoders: of training, by cut: activations at cut 1, gradients at cut 2.
         decoders: of training, by cut: gradients at cut 1, activations at cut 2.
         uses_ids: whether the chunks of a training step take their samples' ids along.
@@ -70,7 +88,9 @@ class Context:
     codecs: dict[str, str]
     lanes: Lanes
     seed: int
+    trim: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
     max_bytes: int
+    committed: int = 0
     encoders: dict[int, StreamEncoder] = field(init=False)
     decoders: dict[int, StreamDecoder] = field(init=False)
     uses_ids: bool = field(init=False)
@@ -83,8 +103,12 @@ class Context:
 
     def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
         """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
-        infos = self.parts.cut1 if cut == 1 else self.parts.cut2
+        infos = self.parts.crossing(cut, self.committed)
         return [info for info in infos if info.requires_grad or not gradients]
+
+    def tokens(self, inputs: tuple[Tensor, ...]) -> int | None:
+        """Return how many tokens the front's inputs have; None for images."""
+        return self.parts.inputs[0].tokens(inputs[0].shape)
 
     def back_inputs(self, arrived: tuple[Tensor, ...], held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Join what crossed cut 2 with what the front kept for the back."""
@@ -147,5 +171,7 @@ def build_context(job: Job, link: Link, lanes: Lanes, memory_format: str) -> Con
         codecs=dict(spec.codecs),
         lanes=lanes,
         seed=spec.seed,
+        trim=job.samples.trim,
         max_bytes=max(info.dense_bytes(spec.chunk_size) for info in (*parts.cut1, *parts.cut2)),
+        committed=committed_steps(*parts.partitions.values()),
     )

@@ -1,4 +1,4 @@
-"""A pass over the test set, which an unreadable image or the user may end early."""
+"""A pass over the test set, which an unreadable sample or the user may end early."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from edge.context import Score
-from edge.data.loader import batch_count, eval_batches
+from edge.data.loader import batch_count
 from edge.job import Job
 from edge.pipeline import Pipeline
 from edge.progress import Progress
@@ -37,34 +37,27 @@ async def evaluate(
         The score, or None where it was ended early.
 
     Raises:
-        UserError: an image cannot be read; training could go on.
+        UserError: a sample cannot be read; training could go on.
         WireError: the link failed.
     """
-    source, chunk_size = job.dataset.test, job.spec.chunk_size
-    chunks = batch_count(len(source), chunk_size)
+    samples, chunk_size = job.samples, job.spec.chunk_size
+    chunks = batch_count(samples.test_size, chunk_size)
     loop = asyncio.get_running_loop()
-    batches = eval_batches(
-        source,
-        batch_size=chunk_size,
-        image_size=job.image_size,
-        normalise=job.dataset.normalise,
-        channels_last=channels_last,
-        ahead=4,
-    )
+    batches = samples.test(batch_size=chunk_size, channels_last=channels_last)
     unreadable: UserError | None = None
 
-    async def fetch(chunk: int) -> tuple[Tensor, Tensor]:
+    async def fetch(chunk: int) -> tuple[tuple[Tensor, ...], Tensor]:
         nonlocal unreadable
         if unreadable is None and not stopping():
             progress.evaluating(chunk, chunks)
             try:
                 batch = await loop.run_in_executor(None, batches.get)
                 assert batch is not None
-                return batch.inputs[0], batch.labels
+                return batch.inputs, batch.labels
             except UserError as error:
                 unreadable = error
         # The server waits for every chunk: come to the end with as little work as can be.
-        return torch.zeros(1, 3, job.image_size, job.image_size), torch.zeros(1, dtype=torch.int64)
+        return samples.filler(), torch.zeros(1, dtype=torch.int64)
 
     try:
         score = await pipeline.evaluate(step, chunks, fetch, depth=job.spec.in_flight)

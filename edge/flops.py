@@ -3,14 +3,16 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
 from common.flops import Counting, Operation, PartCost, count_parts, profile
 from common.graph import find_cut, trace
-from common.models import ModelSpec, build_model, default_image_size
+from common.model_spec import ModelSpec
+from common.models import build_model, default_image_size
+from common.narrowing import LAST, narrow_to
 from common.partition import Split, image_input, preset_cuts, split
 from edge.compress import parse_compress
 from edge.flops_plot import plot_along
@@ -97,6 +99,7 @@ class FlopsReport:
         macs: of the whole model, bottlenecks included.
         params: likewise.
         rate: bytes that cross over those that would without a bottleneck.
+        final_width: whether a bottleneck narrows while training; it is counted as it is in the end.
     """
 
     model: str
@@ -111,6 +114,7 @@ class FlopsReport:
     macs: int
     params: int
     rate: float
+    final_width: bool
 
     @property
     def title(self) -> str:
@@ -146,6 +150,8 @@ class FlopsReport:
             _columns([("crosses", "shape", "type", "bytes", "made by"), *cuts]),
             f"{self.rate:.3f} of the bytes without a bottleneck; codecs come on top of that",
         ]
+        if self.final_width:
+            blocks.append("decay is counted at its final width; training begins at the full one")
         return "\n\n".join(blocks)
 
 
@@ -178,6 +184,9 @@ def count_flops(config: FlopsConfig) -> tuple[FlopsReport, Along | None]:
     inputs, batch, counting = image_input(image_size), config.batch_size, Counting(config.count)
     cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model, model)
     parts = with_bottleneck(split(model, cuts, inputs), compression.bottlenecks, seed=0)
+    final_width = bool(parts.shapes)
+    narrow_to(LAST, *parts.partitions.values())
+    parts = replace(parts, cut1=parts.crossing(1, LAST), cut2=parts.crossing(2, LAST), shapes={})
     along = None
     if config.plot is not None:
         traced = trace(model, training=False)
@@ -200,6 +209,7 @@ def count_flops(config: FlopsConfig) -> tuple[FlopsReport, Along | None]:
         macs=sum(part.macs for part in partitions),
         params=sum(part.params for part in partitions),
         rate=sum(tensor.bytes for tensor in crossed) / parts.dense_bytes(batch),
+        final_width=final_width,
     )
     return report, along
 

@@ -1,31 +1,40 @@
 """What a run starts from on the edge: data, the model cut in three, and the job to ask the server for."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from common import text_models
 from common.bottleneck import start_from_samples, with_bottleneck
 from common.errors import UserError
-from common.models import ModelSpec, build_model, default_image_size, is_path
+from common.model_spec import ModelSpec
+from common.models import build_model, default_image_size, is_path, model_inputs
 from common.optim import OptimSpec
-from common.partition import Split, image_input, preset_cuts, split
+from common.partition import Split, preset_cuts, split
+from common.propagate import TensorInfo
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
-from edge.compress import check_fit, check_repetition, parse_compress
+from edge.bottleneck_file import Purpose, load_bottleneck
+from edge.compress import check_fit, check_repetition, parse_compress, with_ragged
 from edge.config import TrainConfig
-from edge.data.augment import to_tensor
-from edge.data.datasets import Dataset, open_dataset
+from edge.data.datasets import open_dataset
 from edge.data.draws import epoch_order
 from edge.data.loader import batch_count
+from edge.data.samples import ImageSamples, Samples, TextSamples
+from edge.data.text import Tokens, is_text_data, open_text
 from wire.messages import Ready
 
 START_SAMPLES = 32
-"""Images that bottlenecks are started from."""
+"""Samples that bottlenecks are started from."""
 
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
+TEXT_LR = {"sgd": 0.005, "adamw": 2e-5}
+
+RANDOM = "random"
+"""As weights: random ones, even where a model comes with others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +43,7 @@ class Job:
 
     Attributes:
         config: what was asked for.
-        dataset: the data.
-        image_size: side of the images in pixels.
+        samples: the data.
         model: what model it is.
         parts: the model cut in three, bottlenecks in place.
         initial_state: the names of the whole model's state in order; data only of what no partition uses.
@@ -44,8 +52,7 @@ class Job:
     """
 
     config: TrainConfig
-    dataset: Dataset
-    image_size: int
+    samples: Samples
     model: ModelSpec
     parts: Split
     initial_state: Mapping[str, Tensor]
@@ -55,7 +62,7 @@ class Job:
     @property
     def steps_per_epoch(self) -> int:
         """Steps in one pass over the training set."""
-        return batch_count(len(self.dataset.train), self.config.batch_size)
+        return batch_count(self.samples.train_size, self.config.batch_size)
 
     def middle_state(self) -> dict[str, Tensor]:
         """The middle's initial state, as the server must have it."""
@@ -70,66 +77,35 @@ def prepare(config: TrainConfig) -> Job:
         SpecError: a ``--compress`` that does not parse.
     """
     compression = parse_compress(config.compress)
-    check_repetition(compression, varied=config.augment)
-    dataset = open_dataset(
-        config.data,
-        seed=config.seed,
-        root=config.data_root,
-        train_limit=config.train_limit,
-        test_limit=config.test_limit,
-        download=True,
-    )
-    num_classes = config.num_classes or len(dataset.classes)
-    if num_classes < len(dataset.classes):
-        raise UserError(
-            f"--num-classes {num_classes} is too few: {dataset.name} has {len(dataset.classes)} classes"
-        )
-    model_spec = ModelSpec(
-        name=config.model,
-        num_classes=num_classes,
-        weights=config.weights,
-        seed=config.seed,
-        image_size=config.image_size,
-    )
+    check_repetition(compression, varied=config.augment and not text_models.is_text(config.model))
+    samples, model_spec = _open(config)
     model = build_model(model_spec)
-    image_size = config.image_size or default_image_size(config.model, _torchvision_weights(config.weights))
-    total_steps = config.steps or config.epochs * batch_count(len(dataset.train), config.batch_size)
-    _check_smallest_chunk(model, config, image_size, samples=len(dataset.train), steps=total_steps)
-    cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model)
-    parts = with_bottleneck(
-        split(model, cuts, image_input(image_size)), compression.bottlenecks, seed=config.seed
-    )
+    inputs = model_inputs(model_spec)
+    total_steps = config.steps or config.epochs * batch_count(samples.train_size, config.batch_size)
+    if model_spec.config is None:
+        _check_smallest_chunk(model, config, inputs, samples=samples.train_size, steps=total_steps)
+    cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model, model)
+    parts = with_bottleneck(split(model, cuts, inputs), compression.bottlenecks, seed=config.seed)
+    if config.ragged:
+        compression = with_ragged(compression, parts.cut1)
     check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
-    if any(compression.bottlenecks):
-        images = _first_images(config, dataset, image_size)
-        start_from_samples(parts, compression.bottlenecks, (images,), seed=config.seed)
+    if config.bottleneck is not None:
+        purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)
+        load_bottleneck(config.bottleneck, parts, purpose)
+    elif any(compression.bottlenecks):
+        first = samples.plain(epoch_order(samples.train_size, config.seed, 0)[:START_SAMPLES])
+        start_from_samples(parts, compression.bottlenecks, first, seed=config.seed)
     used = {name for part in parts.partitions.values() for name in part.state_dict()}
     initial_state = {
         name: tensor.to("meta") if name in used else tensor.clone()
         for name, tensor in model.state_dict().items()
     }
     spec = JobSpec(
-        model=ModelSpec(
-            name=config.model,
-            num_classes=num_classes,
-            weights=_torchvision_weights(config.weights),
-            seed=config.seed,
-            image_size=image_size,
-        ),
+        model=replace(model_spec, weights=_known_to_the_server(model_spec)),
         cuts=cuts,
         bottlenecks=compression.bottlenecks,
         codecs={stream: compression.codecs[stream] for stream in STREAMS},
-        optim=OptimSpec(
-            name=config.optimizer,
-            lr=DEFAULT_LR.get(config.optimizer, 1e-3) if config.lr is None else config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            schedule=config.schedule,
-            warmup_steps=config.warmup_steps,
-            total_steps=total_steps,
-            power=config.power,
-            clip_norm=config.clip_norm,
-        ),
+        optim=_optim(config, total_steps),
         seed=config.seed,
         chunks=config.chunks,
         chunk_size=-(-config.batch_size // config.chunks),
@@ -141,8 +117,7 @@ def prepare(config: TrainConfig) -> Job:
     )
     return Job(
         config=config,
-        dataset=dataset,
-        image_size=image_size,
+        samples=samples,
         model=model_spec,
         parts=parts,
         initial_state=initial_state,
@@ -151,8 +126,100 @@ def prepare(config: TrainConfig) -> Job:
     )
 
 
+def _open(config: TrainConfig) -> tuple[Samples, ModelSpec]:
+    """Open the data, and describe the model that fits them."""
+    text = text_models.is_text(config.model)
+    if text is not is_text_data(config.data):
+        one, other = ("text", "images") if text else ("images", "text")
+        fitting = "cola:PATH or hf:NAME" if text else "digits, cifar10 or folder:PATH"
+        raise UserError(
+            f"{config.model} takes {one} and --data {config.data} holds {other}; give --data {fitting}, or "
+            "another --model"
+        )
+    return _open_text(config) if text else _open_images(config)
+
+
+def _open_images(config: TrainConfig) -> tuple[Samples, ModelSpec]:
+    if config.max_length is not None:
+        raise UserError(f"--max-length is for text, and {config.model} takes images; leave it out")
+    dataset = open_dataset(
+        config.data,
+        seed=config.seed,
+        root=config.data_root,
+        train_limit=config.train_limit,
+        test_limit=config.test_limit,
+        download=True,
+    )
+    weights = None if config.weights == RANDOM else config.weights
+    published = None if weights is None or is_path(weights) else weights
+    num_classes = _num_classes(config, dataset.classes)
+    spec = ModelSpec(
+        name=config.model,
+        num_classes=num_classes,
+        weights=weights,
+        seed=config.seed,
+        image_size=config.image_size or default_image_size(config.model, published),
+    )
+    assert spec.image_size is not None
+    return ImageSamples(dataset, spec.image_size, seed=config.seed, augment=config.augment), spec
+
+
+def _open_text(config: TrainConfig) -> tuple[Samples, ModelSpec]:
+    if config.image_size is not None:
+        raise UserError(f"--image-size is for images, and {config.model} takes text; leave it out")
+    description = text_models.read_config(config.model)
+    possible = text_models.most_tokens(description) or text_models.LARGEST_LENGTH
+    length = config.max_length or min(text_models.DEFAULT_TOKENS, possible)
+    if length > possible:
+        raise UserError(f"--max-length {length} is too long: {config.model} has {possible} positions")
+    dataset = open_text(
+        config.data, seed=config.seed, train_limit=config.train_limit, test_limit=config.test_limit
+    )
+    weights = config.weights
+    if weights in (None, "DEFAULT", text_models.PRETRAINED):
+        has_some = weights is not None or text_models.has_weights(config.model)
+        weights = text_models.PRETRAINED if has_some else None
+    spec = ModelSpec(
+        name=config.model,
+        num_classes=_num_classes(config, dataset.classes),
+        weights=None if weights == RANDOM else weights,
+        seed=config.seed,
+        config=description,
+        tokens=length,
+    )
+    tokens = Tokens(config.model, model_inputs(spec), longest=config.padding == "longest")
+    return TextSamples(dataset, tokens, seed=config.seed), spec
+
+
+def _num_classes(config: TrainConfig, classes: Sequence[str]) -> int:
+    number = config.num_classes or len(classes)
+    if number < len(classes):
+        raise UserError(f"--num-classes {number} is too few: {config.data} has {len(classes)} classes")
+    return number
+
+
+def _optim(config: TrainConfig, total_steps: int) -> OptimSpec:
+    """Fill in what is usual: for images from scratch, and for text encoders that are fine-tuned."""
+    text = text_models.is_text(config.model)
+    optimizer = config.optimizer or ("adamw" if text else "sgd")
+    usual = TEXT_LR if text else DEFAULT_LR
+    return OptimSpec(
+        name=optimizer,
+        lr=usual[optimizer] if config.lr is None else config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule or ("polynomial" if text else "constant"),
+        warmup_steps=(total_steps // 16 if text else 0)
+        if config.warmup_steps is None
+        else config.warmup_steps,
+        total_steps=total_steps,
+        power=config.power,
+        clip_norm=config.clip_norm,
+    )
+
+
 def _check_smallest_chunk(
-    model: nn.Module, config: TrainConfig, image_size: int, *, samples: int, steps: int
+    model: nn.Module, config: TrainConfig, inputs: Sequence[TensorInfo], *, samples: int, steps: int
 ) -> None:
     """Find out before training whether a chunk of a single sample, where there will be one, can be normalised.
 
@@ -166,11 +233,11 @@ def _check_smallest_chunk(
     state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            functional_call(model, state, (torch.empty(1, 3, image_size, image_size, device="meta"),))
+            functional_call(model, state, tuple(torch.empty(i.batched(1), device="meta") for i in inputs))
     except ValueError as error:
         raise UserError(
-            f"{config.model} cannot train on a chunk of one sample at {image_size} px ({error}), and a batch of "
-            f"{single[0]} samples in {config.chunks} chunks has one: change --batch-size, --chunks or --image-size"
+            f"{config.model} cannot train on a chunk of one sample at {inputs[0].shape[-1]} px ({error}), and a batch "
+            f"of {single[0]} samples in {config.chunks} chunks has one: change --batch-size, --chunks or --image-size"
         ) from error
 
 
@@ -180,22 +247,18 @@ def _last_chunk(batch: int, chunks: int) -> int:
     return batch % size or size
 
 
-def _first_images(config: TrainConfig, dataset: Dataset, image_size: int) -> Tensor:
-    """Return a few training images as they are, without variation."""
-    order = epoch_order(len(dataset.train), config.seed, 0)
-    return to_tensor(dataset.train.fetch(order[:START_SAMPLES], image_size), image_size, dataset.normalise)
-
-
-def _torchvision_weights(weights: str | None) -> str | None:
+def _known_to_the_server(model: ModelSpec) -> str | None:
     """Keep a name that the server can look up itself; a path is this machine's own."""
-    return None if weights is not None and is_path(weights) else weights
+    if model.weights is None or model.weights == text_models.PRETRAINED:
+        return None if text_models.is_folder(model.name) else model.weights
+    return None if is_path(model.weights) else model.weights
 
 
 def describe(job: Job, ready: Ready) -> str:
     """Say in one line what is about to be trained, and where."""
-    spec, dataset = job.spec, job.dataset
+    spec, samples = job.spec, job.samples
     return (
-        f"{spec.model.name} on {dataset.name} ({len(dataset.train)} training and {len(dataset.test)} test images, "
-        f"{len(dataset.classes)} classes, {job.image_size} px), cut after {spec.cuts[0]} and {spec.cuts[1]}, "
+        f"{spec.model.name} on {samples.name} ({samples.train_size} training and {samples.test_size} test samples, "
+        f"{samples.what}, {len(samples.classes)} classes), cut after {spec.cuts[0]} and {spec.cuts[1]}, "
         f"compress {' '.join(job.config.compress)}; the server computes on {ready.device} ({ready.memory_format})"
     )

@@ -5,7 +5,7 @@ A pass performs the edge's actions as the schedule says, sends what each gives a
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -25,9 +25,6 @@ from wire.messages import Backward, Forward
 from wire.streams import IDS, Encodings, chunk_message, facts_of
 
 T = TypeVar("T")
-
-FetchChunk = Callable[[int], Awaitable[tuple[Tensor, Tensor]]]
-"""Gives chunk i of an evaluation: images ``[n, C, H, W]`` and labels ``[n]``."""
 
 
 class Pass:
@@ -83,6 +80,10 @@ class Pass:
         """Return how many samples a chunk has."""
         raise NotImplementedError
 
+    def tokens(self, chunk: int) -> int | None:
+        """Return how many tokens a chunk's samples are padded to; None for images."""
+        raise NotImplementedError
+
     def sample_ids(self, chunk: int) -> Tensor | None:
         """Return the ids of a chunk's samples, int64 ``[n]``, where its codecs are to know them."""
         return None
@@ -115,7 +116,7 @@ class Pass:
         facts = known(message.chunk, None) or NOTHING_KNOWN
         tensors = self.decoders[cut].decode(message, names, facts=facts)
         for info, tensor in zip(infos, tensors.values(), strict=True):
-            expected = info.batched(self.samples(message.chunk))
+            expected = info.batched(self.samples(message.chunk), self.tokens(message.chunk))
             if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, expected):
                 raise CorruptPayload(
                     f"{info.name} came as {tensor.dtype} {list(tensor.shape)}, not {info.dtype} {list(expected)}"
@@ -158,7 +159,7 @@ class TrainingPass(Pass):
     Args:
         context: what to work with.
         step: its number.
-        images: ``[B, C, H, W]``, cut as `torch.chunk` cuts.
+        inputs: what the front takes of the batch, cut as `torch.chunk` cuts.
         labels: ``[B]``.
         chunks: how many chunks.
         sample_ids: int64 ``[B]``; needed where ``context.uses_ids``.
@@ -168,14 +169,16 @@ class TrainingPass(Pass):
         self,
         context: Context,
         step: int,
-        images: Tensor,
+        inputs: tuple[Tensor, ...],
         labels: Tensor,
         chunks: int,
         sample_ids: Tensor | None = None,
     ) -> None:
         super().__init__(context, step)
+        cut = zip(*(tensor.chunk(chunks) for tensor in inputs), strict=True)
+        self.inputs = [context.trim(chunk) for chunk in cut]
+        self.labels = labels.chunk(chunks)
         self._ids = sample_ids.chunk(chunks) if sample_ids is not None and context.uses_ids else None
-        self.images, self.labels = images.chunk(chunks), labels.chunk(chunks)
         self.middle_norm_sq = math.nan
         self._samples = len(labels)
         self._held_gradients: dict[int, tuple[Tensor | None, ...]] = {}
@@ -183,11 +186,15 @@ class TrainingPass(Pass):
     @property
     def count(self) -> int:
         """How many chunks there are; fewer than asked for where the batch is small."""
-        return len(self.images)
+        return len(self.inputs)
 
     def samples(self, chunk: int) -> int:
         """See `Pass.samples`."""
         return len(self.labels[chunk])
+
+    def tokens(self, chunk: int) -> int | None:
+        """See `Pass.tokens`."""
+        return self.context.tokens(self.inputs[chunk])
 
     def sample_ids(self, chunk: int) -> Tensor | None:
         """See `Pass.sample_ids`."""
@@ -218,7 +225,7 @@ class TrainingPass(Pass):
 
     def _front_forward(self, chunk: int) -> tuple[Tensor, ...]:
         context = self.context
-        outputs = context.front.forward(self.step, chunk, (self.images[chunk],))
+        outputs = context.front.forward(self.step, chunk, self.inputs[chunk])
         self.held[chunk] = outputs if context.parts.kept else ()
         return outputs[: len(context.parts.cut1)]
 
@@ -247,51 +254,3 @@ class TrainingPass(Pass):
         from_middle = [next(given) if info.requires_grad else None for info in context.parts.cut1]
         gradients = context.parts.front_gradients(from_middle, self._held_gradients.pop(chunk))
         context.front.backward(chunk, gradients)
-
-
-class EvaluationPass(Pass):
-    """Chunks forward in evaluation mode; nothing of the model or of training's codecs changes.
-
-    Args:
-        context: what to work with.
-        step: the number of the last training step.
-        fetch: gives the chunks.
-    """
-
-    evaluate = True
-
-    def __init__(self, context: Context, step: int, fetch: FetchChunk) -> None:
-        super().__init__(context, step)
-        self.encoders = {1: context.encoder("cut1.act")}
-        self.decoders = {2: context.decoder("cut2.act")}
-        self._fetch = fetch
-        self._labels: dict[int, Tensor] = {}
-
-    def samples(self, chunk: int) -> int:
-        """See `Pass.samples`."""
-        return len(self._labels[chunk])
-
-    def incoming(self, message: Forward | Backward) -> tuple[Action, int]:
-        """See `Pass.incoming`."""
-        if not isinstance(message, Forward) or message.chunk not in self._labels:
-            raise RemoteProtocolError(
-                f"{message.kind} of chunk {message.chunk} came, which nothing asked for"
-            )
-        return Action(2, "F", message.chunk), 2
-
-    async def _perform(self, action: Action) -> None:
-        if action.stage == 0:
-            images, self._labels[action.chunk] = await self._fetch(action.chunk)
-            self.send(action, 1, await self.compute(action, self._front, action.chunk, images))
-        else:
-            await self.compute(action, self._back, action.chunk, self.arrived.pop(action))
-
-    def _front(self, chunk: int, images: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.context.front.evaluate((images,))
-        self.held[chunk] = outputs if self.context.parts.kept else ()
-        return outputs[: len(self.context.parts.cut1)]
-
-    def _back(self, chunk: int, arrived: tuple[Tensor, ...]) -> None:
-        labels = self._labels.pop(chunk)
-        logits = self.context.back.evaluate(self.context.back_inputs(arrived, self.held.pop(chunk)))[0]
-        self.score.add(cross_entropy(logits, labels).item(), logits, labels)

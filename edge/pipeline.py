@@ -16,7 +16,8 @@ from common.lanes import COMPUTE
 from common.optim import clip_scale
 from common.schedule import Schedule, edge_schedule
 from edge.context import Context, Score
-from edge.passes import EvaluationPass, FetchChunk, Pass, TrainingPass
+from edge.evaluation_pass import EvaluationPass, FetchChunk
+from edge.passes import Pass, TrainingPass
 from wire.messages import Abort, Begin, Commit
 
 
@@ -37,7 +38,7 @@ class Pipeline:
     async def train(
         self,
         step: int,
-        images: Tensor,
+        inputs: tuple[Tensor, ...],
         labels: Tensor,
         *,
         chunks: int,
@@ -48,7 +49,7 @@ class Pipeline:
 
         Args:
             step: its number, higher than any before.
-            images: ``[B, C, H, W]``.
+            inputs: what the front takes, the samples along dimension 0.
             labels: ``[B]``, int64.
             chunks: how many chunks to cut it into, as `torch.chunk` does.
             depth: the most chunks in flight.
@@ -62,7 +63,7 @@ class Pipeline:
             WireError: the link failed.
         """
         context = self._context
-        this = TrainingPass(context, step, images, labels, chunks, sample_ids)
+        this = TrainingPass(context, step, inputs, labels, chunks, sample_ids)
         await context.link.send(Begin(step=step, chunks=this.count, evaluate=False))
         await context.lanes.run(COMPUTE, "begin", self._begin)
         try:
@@ -99,6 +100,7 @@ class Pipeline:
     def _commit(self, scale: float | None) -> None:
         self._context.front.commit(scale)
         self._context.back.commit(scale)
+        self._context.committed += 1
 
     async def _undo(self, step: int, reason: str) -> None:
         await self._context.link.abort(Abort(step=step, reason=reason))

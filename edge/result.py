@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.errors import TrainingStopped
 from common.metrics import SummaryReport
+from common.narrowing import narrow_to
 from common.trace import Tracer
 from common.weights import merge_states, partition_state, save_model, split_bottleneck
 from edge.config import TrainConfig
@@ -24,6 +25,7 @@ class TrainResult:
         total_steps: steps that were asked for.
         loss: of the last step; None if there was none.
         accuracy: of the last evaluation, 0 to 1; None if there was none.
+        mcc: its Matthews' correlation coefficient, for text; else None.
         summary: bytes, times and busy shares.
         state: the whole trained model by plain names, a bottleneck's own weights under ``bottleneck.``; empty
             where neither a file nor the state was asked for.
@@ -33,12 +35,14 @@ class TrainResult:
     total_steps: int
     loss: float | None
     accuracy: float | None
+    mcc: float | None
     summary: SummaryReport
     state: dict[str, Tensor]
 
 
 async def fetch_state(job: Job, context: Context) -> dict[str, Tensor]:
     """Fetch the middle and join the three partitions; see `TrainResult.state`."""
+    narrow_to(context.committed, job.parts.middle)  # its shapes are those that the server's has by now
     middle = await context.link.fetch_middle(job.middle_state())
     whole, bottleneck = merge_states(
         job.initial_state,

@@ -15,7 +15,7 @@ from common.trace import Tracer
 from edge.busy import BusyTimes
 from edge.config import TrainConfig, parse_address
 from edge.context import Context, build_context
-from edge.data.loader import Batch, train_batches
+from edge.data.loader import Batch
 from edge.evaluation import evaluate
 from edge.job import Job, describe, prepare
 from edge.link import Link, open_link
@@ -47,6 +47,7 @@ class Trainer:
         self._total_steps = 0
         self._loss: float | None = None
         self._accuracy: float | None = None
+        self._mcc: float | None = None
         self._busy = BusyTimes()
         self._metrics: MetricsWriter | None = None
         self._link: Link
@@ -104,6 +105,7 @@ class Trainer:
             total_steps=self._job.total_steps,
             loss=self._loss,
             accuracy=self._accuracy,
+            mcc=self._mcc,
             summary=summary,
             state=state,
         )
@@ -140,16 +142,8 @@ class Trainer:
         self._progress.start(
             total_steps=job.total_steps, total_epochs=None if config.steps else config.epochs
         )
-        batches = train_batches(
-            job.dataset.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            epoch=0,
-            epochs=epochs,
-            image_size=job.image_size,
-            normalise=job.dataset.normalise,
-            augment=job.dataset.augment if config.augment else None,
-            channels_last=self._channels_last,
+        batches = job.samples.train(
+            batch_size=config.batch_size, epochs=epochs, channels_last=self._channels_last
         )
         loop = asyncio.get_running_loop()
         try:
@@ -173,7 +167,7 @@ class Trainer:
         self._busy.begin(self._lanes, self._link)
         score, applied = await self._pipeline.train(
             step,
-            batch.inputs[0],
+            batch.inputs,
             batch.labels,
             chunks=config.chunks,
             depth=self._tuner.plan.depth,
@@ -233,7 +227,8 @@ class Trainer:
         if score is None:
             return
         self._accuracy = score.accuracy
-        report = EvalReport(step=step, loss=score.loss, accuracy=score.accuracy)
+        self._mcc = score.mcc if self._job.samples.judged_by_mcc else None
+        report = EvalReport(step=step, loss=score.loss, accuracy=score.accuracy, mcc=self._mcc)
         self._progress.evaluated(report)
         self._report(report)
 

@@ -11,7 +11,8 @@ from torch import nn
 from cloud.device import Device
 from cloud.middle import Middle
 from common.errors import UserError
-from common.models import ModelSpec, build_model, register_model
+from common.model_spec import ModelSpec
+from common.models import build_model, register_model
 from common.optim import OptimSpec
 from common.partition import image_input, split
 from common.spec import JobSpec
@@ -159,10 +160,10 @@ def test_loaded_weights_are_those_it_computes_with():
 
 
 def test_pretrained_weights_that_cannot_be_had_here_are_awaited_from_the_client(monkeypatch):
-    def cannot_fetch(spec):
+    def cannot_fetch(spec, **options):
         if spec.weights is not None:
             raise UserError("the weights could not be fetched")
-        return build_model(spec)
+        return build_model(spec, **options)
 
     monkeypatch.setattr("cloud.middle.build_model", cannot_fetch)
     model = replace(spec_of().model, weights="IMAGENET1K_V1")
@@ -205,6 +206,62 @@ def test_an_input_without_a_gradient_has_none():
     middle.stage.forward(1, 0, given)
     results = middle.backward(0, (drawn(2, 6, SIZE, SIZE),))
     assert [result is None for result in results] == [info.dtype == torch.bool for info in infos]
+
+
+class Tokens(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.embed, self.mix, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.last(self.mix(self.embed(x.flatten(1, 2))).mean(1))
+
+
+register_model("tokens_of_test_middle", Tokens)
+
+
+def narrowing_middle(**changes):
+    model = replace(spec_of().model, name="tokens_of_test_middle")
+    decay = "decay:rate=0.5,steps=1,iterations=2"
+    return middle_of(model=model, cuts=("embed", "mix"), bottlenecks=(decay, decay), **changes)
+
+
+def test_what_crosses_narrows_with_the_steps_committed_and_never_past_the_largest():
+    middle = narrowing_middle()
+    assert middle.max_bytes() == 4 * 24 * 8 * 4
+    for step, width in ((1, 8), (2, 4), (3, 2), (4, 2)):
+        for cut in (1, 2):
+            (info,) = middle.crossing(cut, gradients=True, committed=step - 1)
+            assert info.shape == (24, width)
+        middle.check(info, torch.zeros(4, 24, width))
+        with pytest.raises(CorruptPayload, match=rf"\[4, 24, {width}\]"):
+            middle.check(info, torch.zeros(4, 24, width + 1))
+        middle.stage.begin_step()
+        (out,) = middle.stage.forward(step, 0, (drawn(4, 24, width),))
+        assert out.shape == (4, 24, width)
+        middle.backward(0, (drawn(4, 24, width),))
+        middle.finish_gradients()
+        middle.commit(None)
+        assert middle.committed == step
+
+
+@pytest.mark.parametrize("amp", ["none", "fp16", "bf16"])
+def test_a_middle_undone_keeps_its_width(amp):
+    middle = narrowing_middle(amp=amp)
+    for step in (1, 2):
+        middle.stage.begin_step()
+        middle.stage.forward(step, 0, (drawn(4, 24, 8),))
+        middle.backward(0, (drawn(4, 24, 8),))
+        middle.rollback()
+        assert middle.committed == 0
+
+
+def test_weights_of_another_width_than_their_steps_are_refused():
+    middle = narrowing_middle()
+    state = {**middle.state(), "bottleneck.cut1.decoder.0.steps": torch.tensor(1)}
+    with pytest.raises(CorruptPayload, match=r"the weights do not fit: .*size mismatch") as caught:
+        middle.load(state)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])

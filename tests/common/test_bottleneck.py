@@ -17,7 +17,8 @@ from common.conv_bottleneck import (
     smooth_basis,
 )
 from common.errors import UserError
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from common.partition import image_input, preset_cuts, split
 from common.propagate import TensorInfo
 from common.vision import models

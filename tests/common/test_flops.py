@@ -9,7 +9,8 @@ from torch import nn
 from common.bottleneck import with_bottleneck
 from common.flops import Counting, count_parts, profile
 from common.graph import trace
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from common.partition import image_input, preset_cuts, split
 from common.propagate import TensorInfo
 from common.vision import models as vision_models

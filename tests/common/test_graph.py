@@ -4,7 +4,8 @@ from torch import nn
 
 from common.errors import UserError
 from common.graph import cut_names, find_cut, mode, trace, trace_modes
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 
 
 @pytest.fixture(scope="module")

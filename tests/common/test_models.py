@@ -4,7 +4,8 @@ from torch import nn
 
 from common import models
 from common.errors import UserError
-from common.models import ModelSpec, build_model, default_image_size, list_models, register_model
+from common.model_spec import ModelSpec
+from common.models import build_model, default_image_size, list_models, register_model
 from common.vision import models as vision_models
 from common.weights import save_model, state_digest
 

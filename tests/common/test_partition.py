@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from common.partition import PARTS, Split, image_input, preset_cuts, split
 from common.propagate import TensorInfo
 from common.vision import models

@@ -8,7 +8,9 @@ from torch import nn
 
 from common.errors import UserError
 from common.graph import trace
-from common.propagate import BATCHES, TensorInfo, describe, meta_copy, propagate, tensors_in
+from common.propagate import BATCHES, TOKENS, Propagated, TensorInfo, meta_copy, propagate, tensors_in
+
+MOST_TOKENS = 128
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
@@ -29,12 +31,29 @@ def test_a_tensor_without_a_batch_dimension_stays_as_it_is(shape, batch):
     assert info.dense_bytes(batch) == torch.empty(shape, dtype=torch.int64).nbytes
 
 
+def described(values):
+    return Propagated(values={"x": values}, most_tokens=MOST_TOKENS).describe("x", "x")
+
+
 @settings(deadline=None)
 @given(shape=SHAPES, rows=st.integers(0, 9), grad=st.booleans())
 def test_what_is_described_is_what_was_made(shape, rows, grad):
     info = TensorInfo(name="x", shape=shape, requires_grad=grad, rows=rows)
     values = [torch.empty(info.batched(batch), requires_grad=grad) for batch in BATCHES]
-    assert describe("x", values) == info
+    assert described(values) == info
+
+
+@settings(deadline=None)
+@given(shape=SHAPES.filter(len), rows=st.integers(0, 9), data=st.data())
+def test_dimensions_that_follow_the_tokens_are_described_by_the_most(shape, rows, data):
+    dims = tuple(sorted(data.draw(st.sets(st.integers(0, len(shape) - 1), min_size=1))))
+    longest = tuple(MOST_TOKENS if dim in dims else size for dim, size in enumerate(shape))
+    info = TensorInfo(name="x", shape=longest, rows=rows, token_dims=dims)
+    values = [torch.empty(info.batched(*sizes)) for sizes in zip(BATCHES, TOKENS, strict=True)]
+    assert described(values) == info
+    assert [info.tokens(value.shape) for value in values] == list(TOKENS)
+    # Where the number of tokens is fixed, nothing may follow it.
+    assert Propagated(values={"x": values}).describe("x", "x") is None
 
 
 @pytest.mark.parametrize(
@@ -51,7 +70,7 @@ def test_what_is_described_is_what_was_made(shape, rows, grad):
     ids=["number", "none", "last", "odd", "two", "square", "mixed"],
 )
 def test_what_does_not_follow_the_batch_first_has_no_description(values):
-    assert describe("x", values) is None
+    assert described(values) is None
 
 
 def test_tensors_are_found_in_any_nesting():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.choices import AMP, MEMORY_FORMATS
 from common.errors import UserError
-from common.models import ModelSpec
+from common.model_spec import ModelSpec
 from common.optim import OptimSpec
 from common.spec import CUTS, DIRECTIONS, MAX_CHUNK_SIZE, MAX_CHUNKS, STREAMS, JobSpec
 

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from common.choices import COUNTINGS
 from common.errors import UserError
 from common.flops import Counting
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from edge.cli import cli
 from edge.flops import FlopsConfig, count_flops, flops_command
 
@@ -53,6 +54,7 @@ def test_json_has_these_keys_and_types():
         "compress": ["conv+int8"],
         "count": "true",
         "cut_points": ["features.0.1", "features.18"],
+        "final_width": False,
     }
 
 
@@ -67,6 +69,35 @@ def test_published_counts_are_asked_for():
         for count in COUNTINGS
     }
     assert middle == pytest.approx({"true": 2.12e10, "published": 2.53e10}, rel=0.01)
+
+
+VIT = ("--model", "vit_b_16", "--image-size", "32", "--batch-size", "2")
+
+
+def test_linear_pairs_are_counted_on_both_sides():
+    plain, narrow = reported(*VIT), reported(*VIT, "--compress", "linear:64,32")
+    assert [cut["shape"] for cut in narrow["cuts"]] == [[2, 5, 64], [2, 32]]
+    tokens, features = 2 * 5 * 768 * 64, 2 * 768 * 32
+    added = [
+        after["macs"] - before["macs"]
+        for before, after in zip(plain["partitions"], narrow["partitions"], strict=True)
+    ]
+    assert added == [tokens, tokens + features, features]
+    assert narrow["rate"] == pytest.approx((5 * 64 + 32) / (6 * 768))
+
+
+def test_decay_is_counted_at_its_final_width_and_says_so():
+    plain, narrow = (
+        reported(*VIT),
+        reported(*VIT, "--compress", "cut1=decay:rate=0.9,rate2=0.8,steps=300,iterations=2"),
+    )
+    assert [cut["shape"] for cut in narrow["cuts"]] == [[2, 3, 621], [2, 768]]
+    assert narrow["final_width"] is True
+    hidden, sequence = 2 * 5 * 768 * 621, 2 * 5 * 3 * 621
+    assert narrow["partitions"][0]["macs"] - plain["partitions"][0]["macs"] == hidden + sequence
+    done = flops(*VIT, "--compress", "cut1=decay")
+    assert "decay is counted at its final width; training begins at the full one" in done.stdout
+    assert "final width" not in flops(*VIT, "--compress", "linear").stdout
 
 
 def test_every_way_of_counting_is_offered():
@@ -108,6 +139,10 @@ def test_the_table_shows_parts_and_cuts():
         (("--cut", "features.18", "--cut", "features.0.1"), "must come before cut 2"),
         (("--compress", "int9"), "unknown codec 'int9'"),
         (("--compress", "conv:1x99"), "kernel 99 of conv is larger than the map"),
+        (
+            ("--compress", "linear"),
+            "linear needs tokens [B,S,H] or features [B,H], and [B,32,112,112] crosses cut 1",
+        ),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--image-size", "0"), "--image-size must be at least 1"),
         (("--image-size", "5000"), "the image size must be from 1 to 4096"),

@@ -100,6 +100,31 @@ def test_the_server_builds_a_middle_that_takes_the_weights_of_a_bottleneck_start
     assert state_digest(partition_state(middle)) == job.spec.digest
 
 
+class Tokens(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.embed, self.mix, self.last = nn.Linear(48, 12), nn.Linear(12, 12), nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.mix(self.embed(x.reshape(-1, 16, 48)))).mean(1))
+
+
+register_model("tokens_of_test_job", Tokens)
+TOKENS = {"model": "tokens_of_test_job", "cuts": ("embed", "mix")}
+
+
+@pytest.mark.parametrize(
+    ("compress", "same"),
+    [("linear:4", False), ("linear:4,start=identity", True), ("decay", True), ("decay:start=pca", False)],
+)
+def test_only_a_bottleneck_that_is_started_from_data_has_weights_to_send(compress, same):
+    job = prepare(config(**TOKENS, compress=compress, image_size=16))
+    middle = built_by_the_server(job).middle
+    assert (state_digest(partition_state(middle)) == job.spec.digest) is same
+    middle.load_state_dict(job.middle_state(), strict=True)
+    assert state_digest(partition_state(middle)) == job.spec.digest
+
+
 def test_another_seed_is_another_middle():
     assert prepare(config(seed=1)).spec.digest != prepare(config(seed=2)).spec.digest
 
@@ -199,11 +224,14 @@ def test_more_classes_than_the_data_has_are_fine_and_fewer_are_refused():
         ({"cuts": ("first", "midle")}, "unknown cut 'midle'"),
         ({"compress": "conv:99999x1"}, "too wide"),
         ({"compress": "cut1=conv:4x999"}, "larger than the map"),
+        ({**TOKENS, "compress": "linear:13"}, "use a width up to 12"),
+        ({**TOKENS, "compress": "decay:rate=0.5,iterations=4"}, "leaves nothing"),
         ({"schedule": "cosine", "warmup_steps": 9}, "total_steps must be"),
-        ({"optimizer": "lion"}, "no optimizer 'lion'"),
+        ({"optimizer": "lion"}, "--optimizer must be one of sgd, adamw, not 'lion'"),
         ({"lr": float("nan")}, "learning rate must be above 0"),
         ({"seed": 1 << 63}, "seed must be"),
-        ({"cuts": ()}, "no preset cuts for tiny_of_test_job"),
+        ({"max_length": 16}, "--max-length is for text"),
+        ({"data": "cola:/nowhere"}, "takes images and --data cola:/nowhere holds text"),
     ],
 )
 def test_what_does_not_exist_or_fit_is_refused_in_one_line(changes, message):
@@ -221,9 +249,13 @@ def test_a_job_is_described_in_one_line(mobilenet):
     ready = Ready(need_weights=False, device="cuda:0 Some GPU", memory_format="channels_last", detail={})
     text = describe(mobilenet, ready)
     assert text == (
-        "mobilenet_v2 on digits (128 training and 20 test images, 10 classes, 32 px), cut after features.0.1 "
-        "and features.18, compress conv+int8; the server computes on cuda:0 Some GPU (channels_last)"
+        "mobilenet_v2 on digits (128 training and 20 test samples, images of 32 px, 10 classes), cut after "
+        "features.0.1 and features.18, compress conv+int8; the server computes on cuda:0 Some GPU (channels_last)"
     )
+
+
+def test_a_model_without_a_preset_is_cut_where_that_is_good():
+    assert prepare(config(cuts=())).spec.cuts == ("first", "middle.1")
 
 
 def test_a_job_is_settled():

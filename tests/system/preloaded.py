@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits  # noqa: E402
 import cloud.server  # noqa: E402, F401
 import edge.command  # noqa: E402, F401
 from common.bottleneck import with_bottleneck  # noqa: E402
-from common.models import ModelSpec, build_model  # noqa: E402
+from common.model_spec import ModelSpec  # noqa: E402
+from common.models import build_model  # noqa: E402
 from common.partition import image_input, split  # noqa: E402
 
 load_digits()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from common.seeding import derive_seed
 from edge.config import TrainConfig
 from edge.data.datasets import open_dataset
@@ -46,7 +47,7 @@ def train_unsplit(
     trained = optimizer(model.parameters(), lr=config.lr, **options)
     place = {"step": 0, "chunk": 0}
     for part, module in parts.items():
-        _reseed_on_entry(model.get_submodule(module), config.seed, part, place)
+        reseed_on_entry(model.get_submodule(module), config.seed, part, place)
     losses = []
     assert config.steps is not None
     batches = train_batches(
@@ -79,7 +80,9 @@ def train_unsplit(
     return Reference(losses, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
 
 
-def _reseed_on_entry(module: nn.Module, seed: int, part: str, place: dict[str, int]) -> None:
+def reseed_on_entry(module: nn.Module, seed: int, part: str, place: dict[str, int]) -> None:
+    """Seed as a stage does before each of its chunks, where a part draws its first random number."""
+
     def reseed(*_: object) -> None:
         torch.manual_seed(derive_seed(seed, place["step"], place["chunk"], part))
 

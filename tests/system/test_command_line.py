@@ -1,5 +1,6 @@
 """Wrong command lines: one line that says what to do, exit status 2, and nothing touched."""
 
+import re
 import subprocess
 import sys
 
@@ -110,9 +111,25 @@ def test_chunk_of_one_sample_that_cannot_be_normalised_is_found_before_training(
     assert "change --batch-size, --chunks or --image-size" in said
 
 
-def test_model_without_preset_cuts_asks_for_them(address):
-    said = refusal("edge-client", "--server", address, "--import", "dropout_model", "--model", "dropout_net")
-    assert "--cut" in said
+def test_model_without_preset_cuts_is_cut_where_that_is_good(address):
+    tiny = (
+        "--image-size",
+        16,
+        "--train-limit",
+        16,
+        "--test-limit",
+        8,
+        "--batch-size",
+        8,
+        "--chunks",
+        2,
+        "--steps",
+        1,
+    )
+    model = ("--import", "dropout_model", "--model", "dropout_net")
+    ended = run("edge-client", "--server", address, *model, *tiny)
+    assert (ended.status, ended.err) == (0, "")
+    assert "cut after stem.1 and blocks.4" in ended.out
 
 
 def test_refused_run_leaves_the_files_of_the_last_one(address, tmp_path):
@@ -201,6 +218,7 @@ DESIGNED = {
     "edge-client": (
         *("--server", "--compress", "--model", "--data", "--image-size", "--num-classes", "--batch-size"),
         *("--chunks", "--epochs", "--steps", "--seed", "--save", "--metrics", "demo"),
+        *("--bottleneck", "calibrate", "flops"),
     ),
     "cloud-server": ("--host", "--port", "--gpu", "--cpu", "--import"),
 }
@@ -214,6 +232,13 @@ def test_help_lists_every_option_and_its_default(script, flag):
     assert ended.out.startswith(f"Usage: {script}")
     assert [name for name in DESIGNED[script] if name not in ended.out] == []
     assert "7433" in ended.out
+
+
+@pytest.mark.parametrize("command", [(), ("flops",), ("calibrate",)], ids=["training", "flops", "calibrate"])
+def test_help_shows_examples_on_lines_of_their_own(command):
+    ended = run("edge-client", *command, "--help")
+    assert re.search(r"\n +edge-client .*--compress conv\b", ended.out)
+    assert "\\b" not in ended.out
 
 
 def test_help_of_the_demo_does_not_ask_for_a_server():

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 import dropout_model  # noqa: F401  (registers its model here too)
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from common.weights import load_state
 from edge.data.draws import epoch_order
 from tests.system.processes import TINY, Command, Ended, assert_serves, running, serving, train

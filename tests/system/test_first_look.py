@@ -20,7 +20,9 @@ def test_demo_runs_a_server_of_its_own_that_knows_the_users_modules(tmp_path: Pa
     model = ("--import", "dropout_model", "--model", "dropout_net", "--cut", "stem", "--cut", "blocks")
     ended = run("edge-client", "demo", "--cpu", *SMALL, *model, "--metrics", metrics)
     assert (ended.status, ended.err) == (0, ""), ended
-    assert ended.out.startswith("dropout_net on digits (48 training and 16 test images, 10 classes, 32 px)")
+    assert ended.out.startswith(
+        "dropout_net on digits (48 training and 16 test samples, images of 32 px, 10 classes)"
+    )
     assert "compress conv; the server computes on cpu" in ended.out
     assert "done: 3 steps, test accuracy " in ended.out
     summary = json.loads(metrics.read_text().splitlines()[-1])

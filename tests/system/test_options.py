@@ -11,7 +11,8 @@ from torch import Tensor
 
 import dropout_model  # noqa: F401  (registers its model here too)
 from common.metrics import StepReport
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from common.spec import STREAMS
 from common.weights import load_state
 from edge.config import TrainConfig

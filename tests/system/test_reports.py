@@ -222,7 +222,9 @@ def test_without_a_terminal_progress_is_plain_lines(address: str) -> None:
     ended = train(address, "--epochs", 2, "--eval-every", 8)
     assert (ended.status, ended.err) == (0, "")
     first, *rest, last = ended.out.splitlines()
-    assert first.startswith("dropout_net on digits (64 training and 8 test images, 10 classes, 16 px)")
+    assert first.startswith(
+        "dropout_net on digits (64 training and 8 test samples, images of 16 px, 10 classes)"
+    )
     assert "cut after stem and blocks" in first
     assert "the server computes on cpu" in first
     assert rest[0].startswith("epoch 1/2, step 1/16: loss ")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from common.bottleneck import with_bottleneck
-from common.models import ModelSpec, build_model
+from common.model_spec import ModelSpec
+from common.models import build_model
 from common.partition import image_input, preset_cuts, split
 from common.vision import models as vision_models
 from common.weights import load_state, split_bottleneck

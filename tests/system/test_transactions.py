@@ -77,7 +77,7 @@ async def _train(config: TrainConfig, dropped: bool) -> Trained:
                 )  # the last chunk's loss; the others have been through every codec by then
             score, _ = await pipeline.train(
                 number,
-                samples,
+                (samples,),
                 torch.arange(BATCH) % 10,
                 chunks=4,
                 depth=2,

@@ -146,7 +146,8 @@ def test_values_are_encoded_as_exactly_these_bytes(golden: dict[str, Any]) -> No
     assert joined(buffers).hex() == payload_of(golden).hex()
 
 
-def test_job_that_is_opened_is_one_that_a_server_takes() -> None:
-    message = message_of(GOLDEN["open"])
+@pytest.mark.parametrize("name", ["open", "open_text"])
+def test_job_that_is_opened_is_one_that_a_server_takes(name: str) -> None:
+    message = message_of(GOLDEN[name])
     assert isinstance(message, Open)
     assert JobSpec.from_map(message.spec).to_map() == message.spec

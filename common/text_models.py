@@ -1,0 +1,287 @@
+"""Hugging Face's text classifiers: encoders such as BERT, RoBERTa and DistilBERT with a head.
+
+A model is named ``hf:NAME`` on the hub or ``hf:FOLDER`` on this machine. Between edge and cloud it is described
+by its configuration alone, plain values that are checked; no code of a checkpoint's is ever run, and weights are
+read from safetensors only.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.partition import text_input
+from common.propagate import TensorInfo
+from common.stage import seeded
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_log = logging.getLogger(__name__)
+
+PREFIX = "hf:"
+
+PRETRAINED = "pretrained"
+"""Stands for the weights that come with a model's configuration."""
+
+DEFAULT_TOKENS = 128
+"""As long as a sentence gets, unless asked for otherwise."""
+
+TYPES = (
+    "bert",
+    "big_bird",
+    "camembert",
+    "convbert",
+    "data2vec-text",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "ernie",
+    "esm",
+    "eurobert",
+    "layoutlm",
+    "megatron-bert",
+    "mobilebert",
+    "modernbert",
+    "mpnet",
+    "nomic_bert",
+    "nystromformer",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
+"""Encoders whose layers are found and whose forward can be split."""
+
+# What a client may ask of a server's memory and patience.
+MOST_PARAMETERS = 4_000_000_000
+MOST_LAYERS = 512
+LARGEST_LENGTH = 1 << 16
+_LARGEST_CONFIG = 1 << 16
+_LARGEST_NUMBER = 10_000_000
+
+# What describes a file or names code, not a model; where attention is computed is chosen here.
+_LEFT_OUT = (
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "id2label",
+    "label2id",
+)
+
+
+def is_text(name: str) -> bool:
+    """Tell a text model's name from an image model's."""
+    return name.startswith(PREFIX)
+
+
+def source(name: str) -> str:
+    """Return the hub's name, or the folder, in a text model's name."""
+    return name.removeprefix(PREFIX)
+
+
+def is_folder(name: str) -> bool:
+    """Tell a folder on this machine from a name on the hub."""
+    return Path(source(name)).expanduser().is_dir()
+
+
+def has_weights(name: str) -> bool:
+    """Whether pretrained weights come with a model: always from the hub, from a folder that holds some."""
+    folder = Path(source(name)).expanduser()
+    return not folder.is_dir() or any(folder.glob("*.safetensors*"))
+
+
+def transformers() -> "ModuleType":
+    """Import transformers, quietly.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    # transformers imports torchvision, which does not come up everywhere by itself.
+    import common.vision  # noqa: F401
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "text models need transformers, which is not installed: pip install 'isthmus[text]'"
+        ) from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Read a model's configuration, from its folder or the hub.
+
+    Returns:
+        Plain values, as `ModelSpec.config` takes them.
+
+    Raises:
+        UserError: there is none, or it is no encoder that can be split.
+    """
+    library = transformers()
+    where = _where(name)
+    try:
+        config = library.AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        hint = "" if is_folder(name) else "; for a folder on this machine give hf:PATH"
+        raise UserError(f"there is no model {name}: {_line(error)}{hint}") from error
+    return check_config(json.loads(config.to_json_string(use_diff=True)))
+
+
+def check_config(config: object) -> dict[str, Any]:
+    """Check a configuration that came from a file or a peer; returns what of it describes the model.
+
+    Raises:
+        UserError: it is none, too large, or of no type in `TYPES`.
+    """
+    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+        raise UserError("a model's configuration must be a map")
+    kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
+    try:
+        size = len(json.dumps(kept, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a model's configuration must be plain values: {error}") from error
+    if size > _LARGEST_CONFIG:
+        raise UserError(
+            f"a model's configuration of {size} bytes is too large; {_LARGEST_CONFIG} are allowed"
+        )
+    if kept.get("model_type") not in TYPES:
+        raise UserError(
+            f"models of type {str(kept.get('model_type'))[:40]!r} cannot be split; there are {', '.join(TYPES)}"
+        )
+    for key, value in kept.items():
+        if isinstance(value, int) and value > _LARGEST_NUMBER:
+            raise UserError(f"{key[:40]} of {value} in a model's configuration is too large")
+        if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"a model of {value} layers is too large; {MOST_LAYERS} are allowed")
+    return kept
+
+
+def build_text_model(
+    name: str, config: Mapping[str, Any], num_classes: int, *, seed: int, pretrained: bool, offline: bool
+) -> nn.Module:
+    """Build a text classifier on the CPU, in training mode.
+
+    Args:
+        name: the model's.
+        config: as `read_config` returned it.
+        num_classes: outputs of the classifier. Where the checkpoint has another number, or no classifier, it
+            starts anew.
+        seed: of random weights.
+        pretrained: start from the weights that come with the configuration, else from random ones.
+        offline: take what is on this machine and fetch nothing.
+
+    Raises:
+        UserError: no such weights, or a configuration that makes no model.
+    """
+    library = transformers()
+    settings = {**config, "num_labels": num_classes}
+    try:
+        parsed = library.AutoConfig.for_model(settings.pop("model_type"), **settings)
+        parsed.use_cache = False
+        parsed._attn_implementation = None  # sdpa where the model has it
+        with torch.device("meta"):
+            parameters = sum(
+                p.numel() for p in library.AutoModelForSequenceClassification.from_config(parsed).parameters()
+            )
+    except Exception as error:
+        # Whatever the library's own code makes of values that fit no model.
+        raise UserError(f"the configuration of {name} makes no model: {_line(error)}") from error
+    if parameters > MOST_PARAMETERS:
+        raise UserError(f"{name} has {parameters:,} parameters; {MOST_PARAMETERS:,} are allowed")
+    with seeded(seed, torch.device("cpu")), torch.device("cpu"), _float32():
+        if pretrained:
+            model = _pretrained(library, name, parsed, offline)
+        else:
+            model = library.AutoModelForSequenceClassification.from_config(parsed)
+    assert isinstance(model, nn.Module)
+    return model.train()
+
+
+def _pretrained(library: Any, name: str, config: Any, offline: bool) -> Any:
+    try:
+        model, info = library.AutoModelForSequenceClassification.from_pretrained(
+            _where(name),
+            config=config,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=offline,
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the weights of {name} could not be read: {_line(error)}") from error
+    fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if fresh:
+        _log.info("%s has no %s: they start anew", name, ", ".join(fresh))
+    return model
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _where(name: str) -> str:
+    return os.fspath(Path(source(name)).expanduser()) if is_folder(name) else source(name)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def tokenizer_of(name: str) -> Any:
+    """Load the tokenizer that comes with a model.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        tokenizer = transformers().AutoTokenizer.from_pretrained(_where(name), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{name} comes without a tokenizer that can be used: {_line(error)}") from error
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # where the files are missing, one that knows no word
+        raise UserError(f"{name} comes without a tokenizer: its folder needs tokenizer.json or a vocabulary")
+    return tokenizer
+
+
+def most_tokens(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model's positions allow; None where nothing limits them."""
+    positions = config.get("max_position_embeddings", 512)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    # RoBERTa's positions begin behind that of the padding.
+    padded = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet")
+    padding = config.get("pad_token_id", 1)
+    return positions - (padding + 1 if padded and isinstance(padding, int) else 0)
+
+
+def inputs_of(config: Mapping[str, Any], tokens: int) -> tuple[TensorInfo, ...]:
+    """Describe what a model takes, for at most so many tokens."""
+    types = config.get("type_vocab_size", 2 if config.get("model_type") == "bert" else 0)
+    return text_input(tokens, pairs=config.get("model_type") == "bert" and types > 1)

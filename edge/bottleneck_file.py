@@ -1,0 +1,125 @@
+"""A bottleneck's own weights in a file, with what they were made for: ``calibrate`` writes, ``--bottleneck`` reads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import UserError
+from common.partition import Split
+from common.weights import partition_state, save_model, split_bottleneck
+
+_FORMAT = "isthmus bottleneck 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purpose:
+    """What a bottleneck was made for; it is of no use for anything else.
+
+    Attributes:
+        model: its name.
+        cuts: the two cut points.
+        bottlenecks: the specification at each cut, empty for none.
+        shapes: of a sample of each tensor that crosses each cut without a bottleneck.
+    """
+
+    model: str
+    cuts: tuple[str, str]
+    bottlenecks: tuple[str, str]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @classmethod
+    def of(
+        cls, parts: Split, *, model: str, cuts: tuple[str, str], bottlenecks: tuple[str, str]
+    ) -> "Purpose":
+        """Describe the bottleneck of a split model."""
+        shapes = tuple(tuple(info.shape for info in infos) for infos in (parts.dense1, parts.dense2))
+        return cls(model=model, cuts=cuts, bottlenecks=bottlenecks, shapes=shapes)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Write it as strings, for a file's header."""
+        return {"format": _FORMAT, **{name: json.dumps(value) for name, value in vars(self).items()}}
+
+
+_WORDS = {
+    "model": "the model",
+    "cuts": "the cuts",
+    "bottlenecks": "--compress",
+    "shapes": "tensors of shape",
+}
+
+
+def save_bottleneck(path: Path, parts: Split, purpose: Purpose) -> None:
+    """Write the bottleneck of a split model, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    save_model(path, {}, _bottleneck_of(parts), purpose.to_metadata())
+
+
+def load_bottleneck(path: Path, parts: Split, purpose: Purpose) -> None:
+    """Start a split model's bottleneck from a file.
+
+    Raises:
+        UserError: there is no such file, it holds something else, or a bottleneck that was made for something
+            else; says what differs.
+    """
+    expected = _bottleneck_of(parts)
+    state, metadata = _read(path)
+    if not expected:
+        raise UserError(f"--bottleneck {path} needs a bottleneck in --compress; name the one that it holds")
+    for name, word in _WORDS.items():
+        theirs, ours = metadata.get(name), json.loads(json.dumps(getattr(purpose, name)))
+        if theirs != ours:
+            raise UserError(
+                f"{path} holds a bottleneck for {word} {_spelled(theirs)}, and this run has {_spelled(ours)}: "
+                "calibrate anew, or change the run"
+            )
+    for name in sorted(expected.keys() | state.keys()):
+        theirs, ours = _described(state.get(name)), _described(expected.get(name))
+        if theirs != ours:
+            raise UserError(f"{path} holds {name} as {theirs}, and this run has {ours}: calibrate anew")
+    for part in parts.partitions.values():
+        own = {name: state[name] for name in part.state_dict() if name in state}
+        try:
+            part.load_state_dict(own, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit together: {' '.join(str(error).split())}") from error
+
+
+def _bottleneck_of(parts: Split) -> dict[str, Tensor]:
+    states = [split_bottleneck(partition_state(part))[1] for part in parts.partitions.values()]
+    return {name: tensor for state in states for name, tensor in state.items()}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"there is no bottleneck file {path}; edge-client calibrate makes one")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        if metadata.pop("format", None) != _FORMAT:
+            raise UserError(f"{path} is not a file of edge-client calibrate, which --bottleneck takes")
+        return state, {name: json.loads(value) for name, value in metadata.items()}
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is no readable bottleneck file, perhaps cut short: {error}") from error
+
+
+def _spelled(value: object) -> str:
+    """Write a name, a shape, or several joined by "and", as people write them."""
+    if not isinstance(value, list):
+        return str(value) or "none"
+    if value and all(isinstance(size, int) for size in value):
+        return f"[B,{','.join(map(str, value))}]"
+    return " and ".join(map(_spelled, value))
+
+
+def _described(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "nothing"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,183 @@
+"""The samples of a run: read in batches as the model's front takes them, images and sentences alike."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edge.data.augment import to_tensor
+from edge.data.datasets import Dataset
+from edge.data.draws import epoch_order
+from edge.data.loader import Batch, Batches, Plan, batch_count, eval_batches, train_batches
+from edge.data.text import TextDataset, TextSource, Tokens
+
+__all__ = ["ImageSamples", "Samples", "TextSamples"]
+
+
+class Samples(Protocol):
+    """What training and evaluation read.
+
+    Attributes:
+        name: of the data set.
+        classes: names of the classes, numbered by their order.
+        train_size: training samples.
+        test_size: test samples.
+        what: what they are, in a few words.
+        judged_by_mcc: evaluations report Matthews' correlation coefficient.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_size: int
+    test_size: int
+    what: str
+    judged_by_mcc: bool
+
+    def train(self, *, batch_size: int, epochs: int, channels_last: bool) -> Batches:
+        """Read shuffled training batches."""
+        ...
+
+    def test(self, *, batch_size: int, channels_last: bool) -> Batches:
+        """Read every test sample once, in order."""
+        ...
+
+    def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Return the inputs of some training samples as they are, without variation."""
+        ...
+
+    def filler(self) -> tuple[Tensor, ...]:
+        """Return the inputs of one sample that is none."""
+        ...
+
+    def trim(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Drop what pads all the samples of a chunk."""
+        ...
+
+
+class ImageSamples:
+    """Images; see `Samples`.
+
+    Args:
+        dataset: where they come from.
+        image_size: side in pixels that the model wants.
+        seed: the run's.
+        augment: vary training images.
+    """
+
+    judged_by_mcc = False
+
+    def __init__(self, dataset: Dataset, image_size: int, *, seed: int, augment: bool) -> None:
+        self.name, self.classes = dataset.name, dataset.classes
+        self.train_size, self.test_size = len(dataset.train), len(dataset.test)
+        self.what = f"images of {image_size} px"
+        self._dataset = dataset
+        self._image_size = image_size
+        self._seed = seed
+        self._augment = dataset.augment if augment else None
+
+    def train(self, *, batch_size: int, epochs: int, channels_last: bool) -> Batches:
+        """See `Samples`."""
+        return train_batches(
+            self._dataset.train,
+            batch_size=batch_size,
+            seed=self._seed,
+            epoch=0,
+            epochs=epochs,
+            image_size=self._image_size,
+            normalise=self._dataset.normalise,
+            augment=self._augment,
+            channels_last=channels_last,
+        )
+
+    def test(self, *, batch_size: int, channels_last: bool) -> Batches:
+        """See `Samples`."""
+        return eval_batches(
+            self._dataset.test,
+            batch_size=batch_size,
+            image_size=self._image_size,
+            normalise=self._dataset.normalise,
+            channels_last=channels_last,
+            ahead=4,
+        )
+
+    def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """See `Samples`."""
+        images = self._dataset.train.fetch(ids, self._image_size)
+        return (to_tensor(images, self._image_size, self._dataset.normalise),)
+
+    def filler(self) -> tuple[Tensor, ...]:
+        """See `Samples`."""
+        return (torch.zeros(1, 3, self._image_size, self._image_size),)
+
+    def trim(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """See `Samples`."""
+        return inputs
+
+
+class TextSamples:
+    """Sentences; see `Samples`.
+
+    Args:
+        dataset: where they come from.
+        tokens: makes token ids of them.
+        seed: the run's.
+    """
+
+    judged_by_mcc = True
+
+    def __init__(self, dataset: TextDataset, tokens: Tokens, *, seed: int) -> None:
+        self.name, self.classes = dataset.name, dataset.classes
+        self.train_size, self.test_size = len(dataset.train), len(dataset.test)
+        self.what = f"sentences of at most {tokens.most} tokens"
+        self._dataset = dataset
+        self._tokens = tokens
+        self._seed = seed
+
+    def train(self, *, batch_size: int, epochs: int, channels_last: bool) -> Batches:
+        """See `Samples`."""
+
+        def plans() -> Iterator[Plan]:
+            for epoch in range(epochs):
+                order = epoch_order(self.train_size, self._seed, epoch)
+                for number in range(batch_count(self.train_size, batch_size)):
+                    ids = order[number * batch_size : (number + 1) * batch_size]
+                    yield Plan(ids=ids, epoch=epoch, number=number)
+
+        return Batches(plans(), self._reader(self._dataset.train))
+
+    def test(self, *, batch_size: int, channels_last: bool) -> Batches:
+        """See `Samples`."""
+
+        def plans() -> Iterator[Plan]:
+            for number in range(batch_count(self.test_size, batch_size)):
+                ids = np.arange(number * batch_size, min((number + 1) * batch_size, self.test_size))
+                yield Plan(ids=ids, epoch=0, number=number)
+
+        return Batches(plans(), self._reader(self._dataset.test), ahead=4)
+
+    def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """See `Samples`."""
+        return self.trim(self._tokens.read(self._dataset.train, ids))
+
+    def filler(self) -> tuple[Tensor, ...]:
+        """See `Samples`."""
+        return self._tokens.read(self._dataset.test, np.zeros(1, np.int64))
+
+    def trim(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """See `Samples`."""
+        return self._tokens.trim(inputs)
+
+    def _reader(self, source: TextSource) -> Callable[[Plan], Batch]:
+        def read(plan: Plan) -> Batch:
+            return Batch(
+                inputs=self._tokens.read(source, plan.ids),
+                labels=torch.from_numpy(source.labels[plan.ids]),
+                sample_ids=torch.from_numpy(plan.ids),
+                epoch=plan.epoch,
+                number=plan.number,
+            )
+
+        return read
