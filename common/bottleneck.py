@@ -107,8 +107,11 @@ def _check_decay(spec: BottleneckSpec) -> None:
 
 
 def _build_decay(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: torch.Generator) -> Coders:
-    encoder, decoder, shape_after = build_decay(parse_decay(spec.args), cut, info.shape)
+    options = parse_decay(spec.args)
+    encoder, decoder, shape_after = build_decay(options, cut, info.shape)
     crossing = replace(info, requires_grad=True)
+    if options.sequence.rate < 1:
+        crossing = replace(crossing, token_dims=())  # a matrix has one length of sequences
     return Coders(encoder=encoder, decoder=decoder, crossing=crossing, shape_after=shape_after)
 
 

@@ -71,24 +71,43 @@ def parse_compress(texts: Sequence[str]) -> Compression:
     return Compression(bottlenecks=(bottlenecks[0], bottlenecks[1]), codecs=codecs)
 
 
-def with_ragged(compression: Compression, cut1: Sequence[TensorInfo]) -> Compression:
-    """Leave padding out of every stream, where a mask crosses cut 1 that tells it from tokens.
+def with_ragged(compression: Compression, crossing: Sequence[Sequence[TensorInfo]]) -> Compression:
+    """Leave padding out of what crosses, where a mask crosses cut 1 that tells it from tokens.
+
+    A bottleneck along the sequence leaves no token of its own in any place: its cut stays as it is.
 
     Args:
         compression: what was asked for.
-        cut1: what crosses cut 1.
+        crossing: what crosses cut 1 and cut 2.
     """
-    if not any(map(_is_mask, cut1)):
+    if not any(map(_is_mask, crossing[0])):
         return compression
-    first = StageSpec(Ragged.name)
-    chains = {stream: split_chain(chain) for stream, chain in compression.codecs.items()}
-    return replace(
-        compression,
-        codecs={
-            stream: spell_chain(chain if first in chain else (first, *chain))
-            for stream, chain in chains.items()
-        },
-    )
+    first, codecs = StageSpec(Ragged.name), dict(compression.codecs)
+    for cut, infos in zip(CUTS, crossing, strict=True):
+        if not any(info.token_dims and info.dtype.is_floating_point for info in infos):
+            continue
+        for stream in (name for name in STREAMS if name.startswith(f"cut{cut}.")):
+            chain = split_chain(codecs[stream])
+            codecs[stream] = spell_chain(chain if first in chain else (first, *chain))
+    return replace(compression, codecs=codecs)
+
+
+def check_lengths(crossing: Sequence[Sequence[TensorInfo]], *, padding: str) -> None:
+    """Check that texts have one length where a bottleneck along the sequence needs that.
+
+    Args:
+        crossing: what crosses cut 1 and cut 2.
+        padding: how texts are padded.
+
+    Raises:
+        UserError: they have not.
+    """
+    varies = any(info.token_dims for infos in crossing for info in infos)
+    fixed = any(info.dtype.is_floating_point and not info.token_dims for infos in crossing for info in infos)
+    if varies and fixed and padding == "longest":
+        raise UserError(
+            "--compress decay with rate2 narrows the sequence, for which all texts need one length: give --padding max"
+        )
 
 
 def _is_mask(info: TensorInfo) -> bool:

