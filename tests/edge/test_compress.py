@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.propagate import TensorInfo
 from common.spec import STREAMS
-<<<<<<< HEAD
-from edge.compress import BOTTLENECKS, check_fit, check_repetition, parse_compress, with_ragged
-=======
-from edge.compress import BOTTLENECKS, check_fit, check_lengths, parse_compress, with_ragged
->>>>>>> main
+from edge.compress import (
+    BOTTLENECKS,
+    check_fit,
+    check_lengths,
+    check_repetition,
+    parse_compress,
+    with_ragged,
+)
 from wire.codecs.chain import parse_chain
 from wire.errors import SpecError
 
