@@ -22,6 +22,7 @@ from common.conv_bottleneck import (
 )
 from common.decay_bottleneck import build_decay, parse_decay, start_rotated
 from common.errors import UserError
+from common.fitting import without_padding
 from common.linear_bottleneck import (
     build_linear,
     choose_width,
@@ -29,7 +30,6 @@ from common.linear_bottleneck import (
     parse_linear,
     start_from_tokens,
 )
-from common.narrowing import narrowing_layers
 from common.partition import Partition, ShapeAfter, Split
 from common.propagate import TensorInfo
 from common.seeding import derive_seed
@@ -255,24 +255,6 @@ def start_from_samples(split: Split, specs: Sequence[str], inputs: Sequence[Tens
                 )
                 crossed[position] = decoder(encoder(outputs[position]))
             tensors = tuple(crossed)
-
-
-def without_padding(tensor: Tensor, encoder: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    """Leave padding out of what an encoder is fitted to: what a model makes of it means nothing.
-
-    Args:
-        tensor: what crosses, ``[B, S, H]`` for text.
-        encoder: what it is for; one that works along S needs every position.
-        inputs: what the front was given; the mask among them says which tokens are no padding.
-
-    Returns:
-        The tokens, ``[1, N, H]``, or the tensor itself where nothing is to be left out.
-    """
-    mask = next((given for given in inputs if given.dtype == torch.bool and given.dim() == 2), None)
-    along_sequence = any(layer.along_sequence for layer in narrowing_layers(encoder))
-    if mask is None or along_sequence or tensor.shape[:2] != mask.shape:
-        return tensor
-    return tensor[mask][None]
 
 
 def _narrow(

@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 
 from common.decay_bottleneck import start_rotated
 from common.linear_bottleneck import start_from_tokens
-from common.narrowing import LAST, Narrowing
+from common.narrowing import LAST, Narrowing, narrowing_layers
 from common.seeding import derive_seed
 
 OnStep: TypeAlias = Callable[[int, int, float], None]
@@ -130,3 +130,21 @@ def relative_error(encoder: nn.Module, decoder: nn.Module, batches: Sequence[Ten
         lost += (tensor - batch).double().square().sum().item()
         whole += batch.double().square().sum().item()
     return math.sqrt(lost / whole) if whole else 0.0
+
+
+def without_padding(tensor: Tensor, encoder: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    """Leave padding out of what an encoder is fitted to: what a model makes of it means nothing.
+
+    Args:
+        tensor: what crosses, ``[B, S, H]`` for text.
+        encoder: what it is for; one that works along S needs every position.
+        inputs: what the front was given; the mask among them says which tokens are no padding.
+
+    Returns:
+        The tokens, ``[1, N, H]``, or the tensor itself where nothing is to be left out.
+    """
+    mask = next((given for given in inputs if given.dtype == torch.bool and given.dim() == 2), None)
+    along_sequence = any(layer.along_sequence for layer in narrowing_layers(encoder))
+    if mask is None or along_sequence or tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[mask][None]

@@ -12,7 +12,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from common import text_models
+from common import text_config, text_models
 from common.errors import UserError
 from common.model_spec import ModelSpec
 from common.partition import image_input
@@ -92,7 +92,7 @@ def model_inputs(spec: ModelSpec) -> tuple[TensorInfo, ...]:
     """
     if spec.config is None:
         return image_input(spec.image_size or default_image_size(spec.name))
-    return text_models.inputs_of(spec.config, spec.tokens or text_models.DEFAULT_TOKENS)
+    return text_config.inputs_of(spec.config, spec.tokens or text_config.DEFAULT_TOKENS)
 
 
 def build_model(spec: ModelSpec, *, offline: bool = False) -> nn.Module:

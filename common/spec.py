@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.model_spec import ModelSpec
 from common.models import is_path
 from common.optim import OptimSpec
-from common.text_models import LARGEST_LENGTH, check_config
+from common.text_config import LARGEST_LENGTH, check_config
 
 CUTS = (1, 2)
 DIRECTIONS = ("act", "grad")

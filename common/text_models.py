@@ -17,77 +17,16 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.partition import text_input
-from common.propagate import TensorInfo
 from common.stage import seeded
+from common.text_config import MOST_PARAMETERS, PREFIX, check_config
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 _log = logging.getLogger(__name__)
 
-PREFIX = "hf:"
-
 PRETRAINED = "pretrained"
 """Stands for the weights that come with a model's configuration."""
-
-DEFAULT_TOKENS = 128
-"""As long as a sentence gets, unless asked for otherwise."""
-
-TYPES = (
-    "bert",
-    "big_bird",
-    "camembert",
-    "convbert",
-    "data2vec-text",
-    "deberta",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "ernie",
-    "esm",
-    "eurobert",
-    "layoutlm",
-    "megatron-bert",
-    "mobilebert",
-    "modernbert",
-    "mpnet",
-    "nomic_bert",
-    "nystromformer",
-    "rembert",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-)
-"""Encoders whose layers are found and whose forward can be split."""
-
-# What a client may ask of a server's memory and patience.
-MOST_PARAMETERS = 4_000_000_000
-MOST_LAYERS = 512
-LARGEST_LENGTH = 1 << 16
-_LARGEST_CONFIG = 1 << 16
-_LARGEST_NUMBER = 10_000_000
-
-# What describes a file or names code, not a model; where attention is computed is chosen here.
-_LEFT_OUT = (
-    "_attn_implementation",
-    "_name_or_path",
-    "architectures",
-    "attn_implementation",
-    "auto_map",
-    "dtype",
-    "quantization_config",
-    "torch_dtype",
-    "transformers_version",
-    "id2label",
-    "label2id",
-)
-
-
-def is_text(name: str) -> bool:
-    """Tell a text model's name from an image model's."""
-    return name.startswith(PREFIX)
 
 
 def source(name: str) -> str:
@@ -143,35 +82,6 @@ def read_config(name: str) -> dict[str, Any]:
         hint = "" if is_folder(name) else "; for a folder on this machine give hf:PATH"
         raise UserError(f"there is no model {name}: {_line(error)}{hint}") from error
     return check_config(json.loads(config.to_json_string(use_diff=True)))
-
-
-def check_config(config: object) -> dict[str, Any]:
-    """Check a configuration that came from a file or a peer; returns what of it describes the model.
-
-    Raises:
-        UserError: it is none, too large, or of no type in `TYPES`.
-    """
-    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
-        raise UserError("a model's configuration must be a map")
-    kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
-    try:
-        size = len(json.dumps(kept, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"a model's configuration must be plain values: {error}") from error
-    if size > _LARGEST_CONFIG:
-        raise UserError(
-            f"a model's configuration of {size} bytes is too large; {_LARGEST_CONFIG} are allowed"
-        )
-    if kept.get("model_type") not in TYPES:
-        raise UserError(
-            f"models of type {str(kept.get('model_type'))[:40]!r} cannot be split; there are {', '.join(TYPES)}"
-        )
-    for key, value in kept.items():
-        if isinstance(value, int) and value > _LARGEST_NUMBER:
-            raise UserError(f"{key[:40]} of {value} in a model's configuration is too large")
-        if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:
-            raise UserError(f"a model of {value} layers is too large; {MOST_LAYERS} are allowed")
-    return kept
 
 
 def build_text_model(
@@ -268,20 +178,3 @@ def tokenizer_of(name: str) -> Any:
     ):  # where the files are missing, one that knows no word
         raise UserError(f"{name} comes without a tokenizer: its folder needs tokenizer.json or a vocabulary")
     return tokenizer
-
-
-def most_tokens(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model's positions allow; None where nothing limits them."""
-    positions = config.get("max_position_embeddings", 512)
-    if not isinstance(positions, int) or positions < 1:
-        return None
-    # RoBERTa's positions begin behind that of the padding.
-    padded = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet")
-    padding = config.get("pad_token_id", 1)
-    return positions - (padding + 1 if padded and isinstance(padding, int) else 0)
-
-
-def inputs_of(config: Mapping[str, Any], tokens: int) -> tuple[TensorInfo, ...]:
-    """Describe what a model takes, for at most so many tokens."""
-    types = config.get("type_vocab_size", 2 if config.get("model_type") == "bert" else 0)
-    return text_input(tokens, pairs=config.get("model_type") == "bert" and types > 1)

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.bottleneck import without_padding
 from common.errors import TrainingStopped, UserError
-from common.fitting import Fit, fit_pair
+from common.fitting import Fit, fit_pair, without_padding
 from common.linear_bottleneck import described
 from common.narrowing import LAST
 from common.partition import Partition

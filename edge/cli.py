@@ -139,7 +139,9 @@ _CALIBRATE_OPTIONS = (
 )
 
 _FLOPS_OPTIONS = (
-    _option("--model", "A torchvision classifier's name, or a registered model's."),
+    _option(
+        "--model", "A torchvision classifier's name, a registered model's, or hf:NAME or hf:FOLDER for text."
+    ),
     _option(
         "--cut",
         "A cut point; give two.  [default: the model's preset]",
@@ -148,7 +150,8 @@ _FLOPS_OPTIONS = (
         default=None,
     ),
     _option("--image-size", "Side of the images in pixels.  [default: the model's own]", type=int),
-    _option("--num-classes", "Outputs of the classifier.", type=int, default=1000),
+    _option("--max-length", "Tokens of a text.  [default: 128]", type=int),
+    _option("--num-classes", "Outputs of the classifier.  [default: 1000; 2 for text]", type=int),
     _option(
         "--compress",
         "What to compress with, as in training. Bottlenecks count; codecs change neither MACs nor tensors.",

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from common import text_config, text_models
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
+from common.exported import export_modes
 from common.flops import Counting, Operation, PartCost, count_parts, profile
 from common.graph import find_cut, trace
 from common.model_spec import ModelSpec
-from common.models import build_model, default_image_size
+from common.models import build_model, default_image_size, model_inputs
 from common.narrowing import LAST, narrow_to
-from common.partition import Split, image_input, preset_cuts, split
+from common.partition import Split, preset_cuts, split
 from edge.compress import parse_compress
 from edge.flops_plot import plot_along
 
@@ -25,10 +27,11 @@ class FlopsConfig:
     """What to count; each is an option of ``edge-client flops`` of the same name.
 
     Attributes:
-        model: a name from torchvision's classifiers, or a registered one.
+        model: a name from torchvision's classifiers, a registered one, or ``hf:`` and a text model's.
         cuts: the two cut points; empty for the model's preset.
         image_size: side of the images in pixels; None for the model's own.
-        num_classes: of the classifier.
+        max_length: tokens of a text; None for 128.
+        num_classes: of the classifier; None for 1000, for text 2.
         compress: values of ``--compress``, of which the bottlenecks count.
         batch_size: samples.
         count: a value of `Counting`.
@@ -39,7 +42,8 @@ class FlopsConfig:
     model: str = "mobilenet_v2"
     cuts: tuple[str, ...] = ()
     image_size: int | None = None
-    num_classes: int = 1000
+    max_length: int | None = None
+    num_classes: int | None = None
     compress: tuple[str, ...] = ("none",)
     batch_size: int = 64
     count: str = Counting.TRUE.value
@@ -56,7 +60,11 @@ class FlopsConfig:
             raise UserError(
                 f"a model is cut at two points, not {len(self.cuts)}: give --cut twice, or not at all"
             )
-        for name, value in (("batch-size", self.batch_size), ("image-size", self.image_size)):
+        for name, value in (
+            ("batch-size", self.batch_size),
+            ("image-size", self.image_size),
+            ("max-length", self.max_length),
+        ):
             if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1, not {value}")
         if self.plot is not None and not self.plot.absolute().parent.is_dir():
@@ -88,7 +96,8 @@ class FlopsReport:
 
     Attributes:
         model: its name.
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels; None for text.
+        tokens: of a text; None for images.
         num_classes: of the classifier.
         batch_size: samples.
         compress: what was inserted.
@@ -103,7 +112,8 @@ class FlopsReport:
     """
 
     model: str
-    image_size: int
+    image_size: int | None
+    tokens: int | None
     num_classes: int
     batch_size: int
     compress: tuple[str, ...]
@@ -119,8 +129,9 @@ class FlopsReport:
     @property
     def title(self) -> str:
         """What was counted, in a line."""
+        size = f"{self.image_size} px" if self.tokens is None else f"{self.tokens} tokens"
         return (
-            f"{self.model}, {self.image_size} px, {self.num_classes} classes, batch of {self.batch_size}, "
+            f"{self.model}, {size}, {self.num_classes} classes, batch of {self.batch_size}, "
             f"cut after {self.cut_points[0]} and {self.cut_points[1]}, compress {' '.join(self.compress)}"
         )
 
@@ -179,9 +190,9 @@ def count_flops(config: FlopsConfig) -> tuple[FlopsReport, Along | None]:
         SpecError: a ``--compress`` that does not parse.
     """
     compression = parse_compress(config.compress)
-    image_size = config.image_size or default_image_size(config.model)
-    model = build_model(ModelSpec(name=config.model, num_classes=config.num_classes, image_size=image_size))
-    inputs, batch, counting = image_input(image_size), config.batch_size, Counting(config.count)
+    spec = _model_of(config)
+    model = build_model(spec)
+    inputs, batch, counting = model_inputs(spec), config.batch_size, Counting(config.count)
     cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model, model)
     parts = with_bottleneck(split(model, cuts, inputs), compression.bottlenecks, seed=0)
     final_width = bool(parts.shapes)
@@ -189,7 +200,7 @@ def count_flops(config: FlopsConfig) -> tuple[FlopsReport, Along | None]:
     parts = replace(parts, cut1=parts.crossing(1, LAST), cut2=parts.crossing(2, LAST), shapes={})
     along = None
     if config.plot is not None:
-        traced = trace(model, training=False)
+        traced = trace(model, training=False) if spec.config is None else export_modes(model, inputs)[False]
         along = Along(
             operations=tuple(profile(model, traced, inputs, batch, counting)),
             cuts=(find_cut(traced, cuts[0]), find_cut(traced, cuts[1])),
@@ -198,8 +209,9 @@ def count_flops(config: FlopsConfig) -> tuple[FlopsReport, Along | None]:
     crossed = _crossed(parts, batch)
     report = FlopsReport(
         model=config.model,
-        image_size=image_size,
-        num_classes=config.num_classes,
+        image_size=spec.image_size,
+        tokens=spec.tokens,
+        num_classes=spec.num_classes,
         batch_size=batch,
         compress=config.compress,
         count=config.count,
@@ -212,6 +224,23 @@ def count_flops(config: FlopsConfig) -> tuple[FlopsReport, Along | None]:
         final_width=final_width,
     )
     return report, along
+
+
+def _model_of(config: FlopsConfig) -> ModelSpec:
+    if not text_config.is_text(config.model):
+        size = config.image_size or default_image_size(config.model)
+        return ModelSpec(name=config.model, num_classes=_default(config.num_classes, 1000), image_size=size)
+    description = text_models.read_config(config.model)
+    return ModelSpec(
+        name=config.model,
+        num_classes=_default(config.num_classes, 2),
+        config=description,
+        tokens=text_config.choose_length(config.model, description, config.max_length),
+    )
+
+
+def _default(number: int | None, otherwise: int) -> int:
+    return otherwise if number is None else number
 
 
 def flops_command(config: FlopsConfig) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from common import text_models
+from common import text_config, text_models
 from common.bottleneck import start_from_samples, with_bottleneck
 from common.errors import UserError
 from common.model_spec import ModelSpec
@@ -77,7 +77,7 @@ def prepare(config: TrainConfig) -> Job:
         SpecError: a ``--compress`` that does not parse.
     """
     compression = parse_compress(config.compress)
-    check_repetition(compression, varied=config.augment and not text_models.is_text(config.model))
+    check_repetition(compression, varied=config.augment and not text_config.is_text(config.model))
     samples, model_spec = _open(config)
     model = build_model(model_spec)
     inputs = model_inputs(model_spec)
@@ -129,7 +129,7 @@ def prepare(config: TrainConfig) -> Job:
 
 def _open(config: TrainConfig) -> tuple[Samples, ModelSpec]:
     """Open the data, and describe the model that fits them."""
-    text = text_models.is_text(config.model)
+    text = text_config.is_text(config.model)
     if text is not is_text_data(config.data):
         one, other = ("text", "images") if text else ("images", "text")
         fitting = "cola:PATH or hf:NAME" if text else "digits, cifar10 or folder:PATH"
@@ -169,10 +169,6 @@ def _open_text(config: TrainConfig) -> tuple[Samples, ModelSpec]:
     if config.image_size is not None:
         raise UserError(f"--image-size is for images, and {config.model} takes text; leave it out")
     description = text_models.read_config(config.model)
-    possible = text_models.most_tokens(description) or text_models.LARGEST_LENGTH
-    length = config.max_length or min(text_models.DEFAULT_TOKENS, possible)
-    if length > possible:
-        raise UserError(f"--max-length {length} is too long: {config.model} has {possible} positions")
     dataset = open_text(
         config.data, seed=config.seed, train_limit=config.train_limit, test_limit=config.test_limit
     )
@@ -186,7 +182,7 @@ def _open_text(config: TrainConfig) -> tuple[Samples, ModelSpec]:
         weights=None if weights == RANDOM else weights,
         seed=config.seed,
         config=description,
-        tokens=length,
+        tokens=text_config.choose_length(config.model, description, config.max_length),
     )
     tokens = Tokens(config.model, model_inputs(spec), longest=config.padding == "longest")
     return TextSamples(dataset, tokens, seed=config.seed), spec
@@ -201,7 +197,7 @@ def _num_classes(config: TrainConfig, classes: Sequence[str]) -> int:
 
 def _optim(config: TrainConfig, total_steps: int) -> OptimSpec:
     """Fill in what is usual: for images from scratch, and for text encoders that are fine-tuned."""
-    text = text_models.is_text(config.model)
+    text = text_config.is_text(config.model)
     optimizer = config.optimizer or ("adamw" if text else "sgd")
     usual = TEXT_LR if text else DEFAULT_LR
     return OptimSpec(

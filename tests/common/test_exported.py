@@ -11,7 +11,7 @@ from common.models import build_model, model_inputs
 from common.partition import split, text_input
 from common.presets import preset_cuts
 from common.stage import seeded
-from common.text_models import check_config
+from common.text_config import check_config
 from tests.tiny_text import CONFIGS
 
 LONGEST = 24

@@ -12,14 +12,11 @@ from common.errors import UserError
 from common.model_spec import ModelSpec
 from common.models import build_model, model_inputs
 from common.spec import JobSpec
+from common.text_config import TYPES, check_config, inputs_of, most_tokens
 from common.text_models import (
     PRETRAINED,
-    TYPES,
     build_text_model,
-    check_config,
     has_weights,
-    inputs_of,
-    most_tokens,
     read_config,
     tokenizer_of,
     transformers,

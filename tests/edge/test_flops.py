@@ -13,6 +13,7 @@ from common.model_spec import ModelSpec
 from common.models import build_model
 from edge.cli import cli
 from edge.flops import FlopsConfig, count_flops, flops_command
+from tests.tiny_text import write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,6 +50,7 @@ def test_json_has_these_keys_and_types():
     assert rest == {
         "model": "mobilenet_v2",
         "image_size": 64,
+        "tokens": None,
         "num_classes": 1000,
         "batch_size": 4,
         "compress": ["conv+int8"],
@@ -188,3 +190,30 @@ def test_without_matplotlib_a_picture_says_what_to_install(monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'isthmus\[plot\]'"):
         flops_command(FlopsConfig(image_size=32, plot=tmp_path / "a.png"))
+
+
+def test_a_text_model_is_counted_from_its_configuration(tmp_path):
+    model = write_model(tmp_path)
+    report = reported("--model", model, "--max-length", "16", "--batch-size", "4", "--compress", "linear:8")
+    assert (report["tokens"], report["image_size"], report["num_classes"]) == (16, None, 2)
+    assert report["cut_points"] == ["bert.encoder.layer.0.attention", "bert.encoder.layer"]
+    assert [(cut["cut"], cut["shape"], cut["dtype"]) for cut in report["cuts"]] == [
+        (1, [4, 16], "bool"),
+        (1, [4, 16, 8], "float32"),
+        (2, [4, 16, 8], "float32"),
+    ]
+    tokens, hidden, inner = 4 * 16, 32, 48
+    attention = tokens * 4 * hidden**2 + 2 * tokens * 16 * hidden
+    feed_forward = tokens * 2 * hidden * inner
+    pair = tokens * 2 * hidden * 8
+    front, middle, back = (part["macs"] for part in report["partitions"])
+    assert front == attention + pair // 2
+    assert middle == attention + 2 * feed_forward + pair
+    assert back == pair // 2 + 4 * (hidden**2 + 2 * hidden)
+
+
+def test_a_picture_of_a_text_model_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = write_model(tmp_path / "model")
+    reported("--model", model, "--max-length", "8", "--plot", str(tmp_path / "along.svg"))
+    assert "</svg>" in (tmp_path / "along.svg").read_text()
