@@ -26,6 +26,9 @@ _SLACK = 1 + 1e-6
 _TINY = 1e-37
 """Groups whose levels would be closer than this are taken for constant; 1/x must not overflow."""
 
+WHOLE = 0
+"""As a group's size: the whole tensor is one group."""
+
 HUGE = 1e38
 """Tensors with larger values are left alone; differences of two must not overflow."""
 
@@ -61,6 +64,8 @@ class Groups:
     @classmethod
     def of(cls, whole: TensorType, size: int | None = None) -> Groups:
         """The groups of a tensor of this type, which is not empty where they have a size of their own."""
+        if size == WHOLE:
+            return cls(1, whole.numel, 1, by_row=True)
         groups = cls._natural(whole)
         if size is None:
             return groups

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from wire.codecs import bits
-from wire.codecs.affine import HUGE, Groups, are_finite, dequantize, quantize, ranges
+from wire.codecs.affine import HUGE, WHOLE, Groups, are_finite, dequantize, quantize, ranges
 from wire.codecs.base import Call, Codec, Facts, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
 from wire.codecs.hadamard import block_sums, rotated
 from wire.codecs.layout import TensorType, flat, padded
@@ -32,8 +32,8 @@ class Quantized(Codec):
     Activations are rounded to nearest, gradients stochastically, so that their sum over steps is unbiased.
 
     Args:
-        args: ``group=N`` for groups of N neighbours in a row of memory instead; ``hadamard`` to rotate channels,
-            or the last axis, first; or both, with a comma.
+        args: ``group=N`` for groups of N neighbours in a row of memory instead, ``group=tensor`` for a single
+            one; ``hadamard`` to rotate channels, or the last axis, first; or both, with a comma.
         role: what the stream carries.
 
     Attributes:
@@ -52,12 +52,14 @@ class Quantized(Codec):
             match = re.fullmatch(r"group=([0-9]{1,7})", option)
             if match and _LEAST_GROUP <= int(match[1]) <= _LARGEST_GROUP:
                 self._group = int(match[1])
+            elif option == "group=tensor":
+                self._group = WHOLE
             elif option == "hadamard":
                 self._rotates = True
             else:
                 raise ArgumentError(
                     f"{option!r} is no argument of {self.name}; it takes group=N, with N from {_LEAST_GROUP}"
-                    f" to {_LARGEST_GROUP}, and hadamard",
+                    f" to {_LARGEST_GROUP}, or group=tensor, and hadamard",
                     position,
                 )
 
@@ -159,6 +161,7 @@ class Int8(Quantized):
     """256 levels: a quarter of fp32's bytes."""
 
     name = "int8"
+    examples: ClassVar[tuple[str, ...]] = ("", "group=64,hadamard", "group=tensor")
     bits = 8
 
 
