@@ -1,0 +1,165 @@
+"""The published tables that train nothing, and the picture of all that do; see `benchmarks.reproduce`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import published
+from benchmarks.links import shaped_link
+from benchmarks.mobilenet_split import MALLOC_HELP
+from benchmarks.product import clean_environment, run_json, run_product
+from benchmarks.published import IMAGE_BASELINE, TEXT_BASELINE, Row
+from benchmarks.reproduce import Record, columns, read_records, write_section
+from benchmarks.step_time import WORKLOAD
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+ALLOWED = 0.01
+MIB = 1 << 20
+_STEPS, _WARM_UP = 6, 3
+
+
+def flops(options: argparse.Namespace) -> bool:
+    """Multiply-accumulates of MobileNetV2's partitions; returns whether one is further than 1 % off."""
+    from edge.flops import FlopsConfig, count_flops
+
+    lines = [("type", "part", "published", "counted so", "off by", "true count", "")]
+    missed = False
+    for label, compress, theirs in published.FLOPS:
+        parts = [
+            count_flops(FlopsConfig(compress=(compress,), count=count))[0].partitions
+            for count in ("published", "true")
+        ]
+        for number, macs in enumerate(theirs):
+            counted, true = (part[number].macs for part in parts)
+            # Published figures have three digits.
+            off = abs(counted - macs) / macs
+            missed |= off > ALLOWED
+            lines.append(
+                (
+                    label if number == 0 else "",
+                    str(number + 1),
+                    f"{macs:.2e}",
+                    f"{counted:.3e}",
+                    f"{off:.2%}",
+                    f"{true:.3e}",
+                    "FAIL" if off > ALLOWED else "pass",
+                )
+            )
+    printed = columns(lines)
+    print(printed)
+    about = "`python -m benchmarks.reproduce flops`: MobileNetV2, 224 px, 1000 classes, batch of 64; target 1 %."
+    write_section("Reproduced: flops", about, printed)
+    return missed
+
+
+def time(options: argparse.Namespace) -> bool:
+    """Seconds a batch at 1 Gbit/s, and the link rate that compute could fill; no target, for machines differ."""
+    size = "64" if options.quick else "224"
+    steps = 3 if options.quick else _STEPS
+    head = ("compression", "s a batch", "published", "MiB a batch", "compute s", "fills MiB/s", "published")
+    lines = [head]
+    with shaped_link(1e9) as link:
+        for compress, filled, seconds in published.TIMES:
+            argv = ["benchmarks.plain_compute", "--steps", "2", "--image-size", size]
+            argv += ["--bottleneck", compress if compress == "conv" else ""]
+            cost: dict[str, Any] = run_json(argv, clean_environment(MALLOC_HELP))
+            run = run_product(
+                link,
+                [*WORKLOAD, "--image-size", size, "--compress", compress, "--steps", str(_WARM_UP + steps)],
+                timeout_s=3600,
+            )
+            nbytes = run.median_bytes("up_bytes") + run.median_bytes("down_bytes")
+            lines.append(
+                (
+                    compress,
+                    f"{run.median_step_s(_WARM_UP):.2f}",
+                    f"{seconds:.2f}",
+                    f"{nbytes / MIB:.1f}",
+                    f"{cost['median_step_s']:.2f}",
+                    f"{nbytes / MIB / cost['median_step_s']:.1f}",
+                    f"{filled:.1f}",
+                )
+            )
+        words = f"{link.shape}, {link.kind}"
+    printed = f"{words}\n\n{columns(lines)}"
+    print(printed)
+    if not options.quick:
+        about = (
+            "`python -m benchmarks.reproduce time`: MobileNetV2, 224 px, batch of 64 in 8 chunks, 1 Gbit/s. Both sides "
+            "compute on the same cores here; the published edge was a CPU and its cloud a GPU."
+        )
+        write_section("Reproduced: time", about, printed)
+    return False
+
+
+def plot(options: argparse.Namespace) -> bool:
+    """Draw accuracy against bytes per sample, ours beside the published points."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("skipped: matplotlib is not installed; pip install 'isthmus[bench]'")
+        return False
+    setting = "full" if options.full else "cpu"
+    records = [r for r in read_records() if r.setting == setting]
+    kinds: Sequence[tuple[str, str, set[str], float, tuple[Row, ...]]] = (
+        (
+            "images",
+            "CIFAR-10, MobileNetV2",
+            {"image", "conv", "int8", "lowrank-image", "image-chains"},
+            IMAGE_BASELINE,
+            (*published.CONV, *published.INT8, *published.LOWRANK_IMAGE),
+        ),
+        (
+            "text",
+            "CoLA",
+            {"text", "decay", "lowrank", "text-chains"},
+            TEXT_BASELINE,
+            (*published.DECAY, *published.LOWRANK_TEXT),
+        ),
+    )
+    for name, title, tables, baseline, rows in kinds:
+        mine = [r for r in records if r.table in tables]
+        if not mine:
+            print(f"{name}: nothing was measured yet")
+            continue
+        figure, axes = pyplot.subplots(figsize=(9, 5.5))
+        for table in sorted({r.table for r in mine}):
+            points = list(_means(r for r in mine if r.table == table))
+            axes.plot(*zip(*points, strict=True), "o", label=f"here: {table}")
+        # A published rate is of the same dense bytes; accuracies are drawn as differences from no compression.
+        dense = max(r.bytes_per_sample for r in mine)
+        theirs = [(row.rate * dense, row.accuracy - baseline) for row in rows if row.rate and row.accuracy]
+        axes.plot(*zip(*theirs, strict=True), "x", color="black", label="published")
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set_xscale("log")
+        axes.set_xlabel("bytes per sample on the link, both ways")
+        axes.set_ylabel("points of accuracy against no compression")
+        axes.set_title(f"{title}: accuracy against bytes")
+        axes.legend()
+        path = DOCS / f"reproduced-{name}.svg"
+        figure.savefig(path, metadata={"Date": None})
+        print(f"written to {path}")
+    return False
+
+
+def _means(records: Any) -> Any:
+    """Yield bytes and the difference from the uncompressed run, a row at a time."""
+    plain = {
+        (r.seed, r.table in ("image", "conv", "int8", "lowrank-image", "image-chains")): r.accuracy
+        for r in read_records()
+        if r.row == "none"
+    }
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        rows.setdefault(record.row, []).append(record)
+    for group in rows.values():
+        is_image = group[0].table in ("image", "conv", "int8", "lowrank-image", "image-chains")
+        lost = [r.accuracy - plain.get((r.seed, is_image), math.nan) for r in group]
+        yield sum(r.bytes_per_sample for r in group) / len(group), sum(lost) / len(lost)
