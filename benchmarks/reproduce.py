@@ -199,7 +199,11 @@ def train_row(device: Sequence[str], fields: Mapping[str, Any], spec: str, seed:
         config = TrainConfig(
             server=address, compress=spec, seed=seed, eval_every=10**9, metrics=metrics, **fields
         )
-        result = train(config)
+        try:
+            result = train(config)
+        except Exception as error:
+            # Of a type that might not come through to the process that started this one.
+            raise RuntimeError(f"--compress {spec}: {error}") from None
         events = map(json.loads, metrics.read_text().splitlines())
         last = [event for event in events if event["event"] == "step"][-1]
     assert result.accuracy is not None

@@ -51,7 +51,9 @@ def flops(options: argparse.Namespace) -> bool:
             )
     printed = columns(lines)
     print(printed)
-    about = "`python -m benchmarks.reproduce flops`: MobileNetV2, 224 px, 1000 classes, batch of 64; target 1 %."
+    about = (
+        "`python -m benchmarks.reproduce flops`: MobileNetV2, 224 px, 1000 classes, batch of 64; target 1 %."
+    )
     write_section("Reproduced: flops", about, printed)
     return missed
 

@@ -62,6 +62,7 @@ def transformers() -> "ModuleType":
         ) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error itself is raised
     return transformers
 
 
@@ -76,6 +77,10 @@ def read_config(name: str) -> dict[str, Any]:
     """
     library = transformers()
     where = _where(name)
+    if where.startswith(("/", ".", "~")) and not is_folder(name):
+        raise UserError(
+            f"there is no folder {where}; hf:PATH is one that holds a model, hf:NAME a model on the hub"
+        )
     try:
         config = library.AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -86,6 +86,11 @@ def test_an_empty_folder_is_no_model(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(UserError, match=f"there is no folder {tmp_path}/x; hf:PATH is one"):
+        read_config(f"hf:{tmp_path}/x")
+
+
 def test_pickled_weights_are_not_read(tmp_path):
     name = write_model(tmp_path)
     state = build_text_model(name, read_config(name), 2, seed=0, pretrained=False, offline=True).state_dict()
