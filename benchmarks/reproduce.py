@@ -16,10 +16,11 @@ TABLE is one of
     plot           accuracy against bytes per sample, of everything that was run so far
 
 Without ``--full`` the settings are those for two CPU cores: MiniLM stands for RoBERTa-base and sentences have 24
-tokens at most, images have 48 px (see `benchmarks.accuracy`), schedules are short, begin where an uncompressed run
-ended (``--start F`` keeps that), and the steps between narrowings are scaled with them. With it they are the published ones, for a server with a GPU: RoBERTa-base from the hub, 128
-tokens, 224 px, ImageNet weights. What is measured is kept in docs/reproduced.json, a record for each row and seed, so
-that a table may be run in pieces and the plot has all of it.
+tokens at most, images have 48 px (see `benchmarks.accuracy`), schedules are short and begin where an uncompressed
+run ended (``--start F`` keeps that), and the steps between narrowings are scaled with them. With it they are the
+published ones, for a server with a GPU: RoBERTa-base from the hub, 128 tokens, 224 px, ImageNet weights. What is
+measured is kept in docs/reproduced.json, a record for each row and seed, so that a table may be run in pieces and
+the plot has all of it.
 
 A rate is that of the last step, bytes on the socket over dense fp32. Accuracies of one seed are paired with the
 uncompressed run of the same seed; the target is to lose no more than the published row does.
@@ -165,8 +166,8 @@ def text_setting(table: str, name: str, data: Path, folder: Path, start: Path | 
             make_text_start(fields | {"lr": 8e-5, "steps": start_steps}, weights)
         fields |= {"lr": 5e-5, "steps": steps, "weights": str(weights.resolve())}
         caption = (
-            f"MiniLM (6 layers, H=384), 24 tokens, from a start of {start_steps} uncompressed steps, {steps} steps of 32 "
-            "sentences, AdamW with lr 5e-5"
+            f"MiniLM (6 layers, H=384), 24 tokens, {steps} steps of 32 sentences after {start_steps} plain ones, "
+            "AdamW with lr 5e-5"
         )
         scale = steps / 4300
     if table == "text-chains":
