@@ -13,6 +13,10 @@ _LEAST_PIECE = 16 * 1024
 _FIRST_PIECE = 256 * 1024  # until the pace is known
 _MEASURED_NS = 200_000_000
 _KEPT = 0.7  # what earlier measurements count beside a new one
+_SMALL = (
+    20  # so many in a piece: asking the kernel would take a good part of the time that sending them takes
+)
+_SLOW_NS = 1_000_000
 
 
 class Delivery(NamedTuple):
@@ -51,15 +55,18 @@ class Pace:
         self._delivery = delivery
         self._clock_ns = clock_ns
         self._began_ns = 0
+        self._asks = self._is_slow = False
         self._before: Delivery | None = None
         # How long no acknowledgement can come yet: a round trip, once an idle link is used.
         self._silent_ns = 0
         self._bytes = self._busy_ns = 0
         self._sum_bytes = self._sum_ns = 0.0
 
-    def begin(self) -> None:
-        """Something is given to the kernel."""
-        self._before = self._delivery()
+    def begin(self, nbytes: int) -> None:
+        """So many bytes are given to the kernel."""
+        # Small ones are passed over, unless one has just taken long: the link may have become another.
+        self._asks = self._is_slow or self.bytes_per_s is None or nbytes * _SMALL >= self.piece_bytes
+        self._before = self._delivery() if self._asks else None
         if self._before is not None and self._before.idle:
             self._silent_ns = self._before.rtt_ns
         self._began_ns = self._clock_ns()
@@ -67,6 +74,9 @@ class Pace:
     def end(self, nbytes: int) -> int:
         """The kernel has taken it all; returns the nanoseconds since `begin`."""
         took_ns = self._clock_ns() - self._began_ns
+        if not self._asks:
+            self._is_slow = took_ns >= _SLOW_NS
+            return took_ns
         after = self._delivery()
         if after is not None and self._before is not None:
             nbytes = after.bytes - self._before.bytes
@@ -82,6 +92,7 @@ class Pace:
         self._sum_bytes = self._sum_bytes * _KEPT + self._bytes
         self._sum_ns = self._sum_ns * _KEPT + self._busy_ns
         self._bytes = self._busy_ns = 0
+        self._is_slow = False
         if self._sum_bytes > 0:
             self.bytes_per_s = self._sum_bytes * 1e9 / self._sum_ns
             self.piece_bytes = max(_LEAST_PIECE, int(self.bytes_per_s * _PIECE_S))

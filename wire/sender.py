@@ -114,7 +114,7 @@ class Sender:
         self._size = sum(map(len, buffers))
         if receipt.start_ns is None:
             receipt.start_ns = time.monotonic_ns()
-        self.pace.begin()
+        self.pace.begin(self._size)
         if self._slices is None:
             self._written += self._size
             self._stream.writelines(buffers)

@@ -10,7 +10,7 @@ def paced(*taken: tuple[int, int]) -> Pace:
     now = [0]
     pace = Pace(lambda: None, lambda: now[0])
     for nbytes, milliseconds in taken:
-        pace.begin()
+        pace.begin(nbytes)
         now[0] += milliseconds * 1_000_000
         assert pace.end(nbytes) == milliseconds * 1_000_000
     return pace
@@ -55,7 +55,7 @@ class Kernel:
 
     def take(self, after_ms: int, delivered: int) -> None:
         """Take a megabyte, after some time in which some bytes arrived."""
-        self.pace.begin()
+        self.pace.begin(1 << 20)
         self.now_ns += after_ms * 1_000_000
         self.delivered += delivered
         self.pace.end(1 << 20)
@@ -85,3 +85,43 @@ def test_link_that_delivers_nothing_for_a_while_has_no_pace_of_zero() -> None:
     kernel = Kernel()
     kernel.take(1000, 0)
     assert kernel.pace.bytes_per_s is None
+
+
+class Counting(Kernel):
+    """A kernel that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+        self.pace = Pace(self.ask, clock_ns=lambda: self.now_ns)
+
+    def ask(self) -> Delivery:
+        self.asked += 1
+        return Delivery(self.delivered, False, 0)
+
+    def send(self, nbytes: int, microseconds: int) -> None:
+        self.pace.begin(nbytes)
+        self.now_ns += microseconds * 1000
+        self.delivered += nbytes
+        self.pace.end(nbytes)
+
+
+def test_small_messages_on_a_fast_link_are_sent_without_asking_the_kernel() -> None:
+    kernel = Counting()
+    for _ in range(20):
+        kernel.send(100_000_000, 100_000)
+    assert kernel.pace.piece_bytes == 25_000_000
+    kernel.asked = 0
+    for _ in range(100):
+        kernel.send(64 * 1024, 20)
+    assert kernel.asked == 0
+    assert kernel.pace.bytes_per_s == 10**9
+
+
+def test_a_fast_link_that_becomes_slow_is_noticed_by_small_messages_too() -> None:
+    kernel = Counting()
+    for _ in range(20):
+        kernel.send(100_000_000, 100_000)
+    for _ in range(200):
+        kernel.send(64 * 1024, 52_000)
+    assert kernel.pace.bytes_per_s == pytest.approx(64 * 1024 / 0.052, rel=0.01)
