@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from common.errors import UserError
-from common.graph import Traced, mode
+from common.graph import TRACING, Traced, mode
 from common.propagate import TensorInfo
 
 __all__ = ["export_modes"]
@@ -44,7 +44,7 @@ def _export(model: nn.Module, inputs: Sequence[TensorInfo], training: bool) -> T
     auto = torch.export.Dim.AUTO
     varying = {info.name: {0: auto, **{dim + 1: auto for dim in info.token_dims}} for info in inputs}
     try:
-        with mode(model, training):
+        with TRACING, mode(model, training):
             module = torch.export.export(model, (), kwargs=examples, dynamic_shapes=varying).module()
     except Exception as error:
         # Whatever the model's own code, or the tracing of it, raises.

@@ -6,9 +6,11 @@ and the operation's own (``layer1.0.add``). Both name cut points.
 
 import difflib
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -43,6 +45,23 @@ class Traced:
         return [node for node in self.graph.nodes if node.op.startswith("call_")]
 
 
+TRACING = threading.Lock()
+"""Held while a model is traced: torch then answers the calls of all modules of the process."""
+
+
+class _Tracer(feature_extraction.NodePathTracer):  # type: ignore[misc,name-defined]
+    """A tracer that leaves modules alone which other threads, other sessions perhaps, call meanwhile."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
 @contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Hold a model in training or evaluation mode, then set every module back to what it was."""
@@ -62,9 +81,9 @@ def trace(model: nn.Module, training: bool) -> Traced:
         UserError: its forward depends on values, or changes a buffer, which tracing cannot follow.
     """
     before = _buffers(model)
-    tracer = feature_extraction.NodePathTracer(autowrap_modules=(math, ops), leaf_modules=_LEAVES)
+    tracer = _Tracer(autowrap_modules=(math, ops), leaf_modules=_LEAVES)
     try:
-        with mode(model, training):
+        with TRACING, mode(model, training):
             graph = tracer.trace(model)
     except Exception as error:
         # Whatever the model's own code raises when it is given symbolic values.

@@ -1,11 +1,15 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
 from common.errors import UserError
+from common.exported import export_modes
 from common.graph import cut_names, find_cut, mode, trace, trace_modes
 from common.model_spec import ModelSpec
 from common.models import build_model
+from common.partition import text_input
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +88,44 @@ def test_tracing_draws_no_random_numbers():
     before = torch.get_rng_state()
     trace_modes(Functional())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def other_thread_runs(module):
+    """What a module that has nothing to do with the traced one gives, called from another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: module(torch.ones(2, 3)).detach()).result()
+
+
+def test_other_threads_compute_as_ever_while_a_model_is_traced():
+    """Another session's modules failed with "module is not installed as a submodule"."""
+    other, seen = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), []
+
+    class Waits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            seen.append(other_thread_runs(other))
+            return self.layer(x)
+
+    traced = trace(Waits(), training=True)
+    assert [node.target for node in traced.operations()] == ["layer"]
+    assert torch.equal(seen[0], other(torch.ones(2, 3)))
+
+
+def test_other_threads_compute_as_ever_while_a_model_is_exported():
+    other, seen = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), []
+
+    class Waits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Embedding(5, 3)
+
+        def forward(self, input_ids, attention_mask):
+            seen.append(other_thread_runs(other))
+            return self.layer(input_ids) * attention_mask[..., None]
+
+    traced = export_modes(Waits(), text_input(8))[True]
+    assert "layer" in [traced.names[node.name] for node in traced.operations()]
+    assert torch.equal(seen[0], other(torch.ones(2, 3)))
