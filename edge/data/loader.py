@@ -171,6 +171,32 @@ def batch_count(n: int, batch_size: int, *, drop_last: bool = False) -> int:
     return n // batch_size if drop_last else -(-n // batch_size)
 
 
+def shuffled(
+    n: int,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int = 0,
+    epochs: int = 1,
+    start_batch: int = 0,
+    drop_last: bool = False,
+) -> Iterator[Plan]:
+    """Yield the batches of one or more epochs over `n` samples; arguments as for `train_batches`."""
+    for e in range(epoch, epoch + epochs):
+        order = epoch_order(n, seed, e)
+        first = start_batch if e == epoch else 0
+        for number in range(first, batch_count(n, batch_size, drop_last=drop_last)):
+            yield Plan(ids=order[number * batch_size : (number + 1) * batch_size], epoch=e, number=number)
+
+
+def in_order(n: int, batch_size: int) -> Iterator[Plan]:
+    """Yield batches of `n` samples, each once and in order."""
+    for number in range(batch_count(n, batch_size)):
+        yield Plan(
+            ids=np.arange(number * batch_size, min((number + 1) * batch_size, n)), epoch=0, number=number
+        )
+
+
 def train_batches(
     source: ImageSource,
     *,
@@ -207,14 +233,6 @@ def train_batches(
         threads: see `Batches`.
     """
 
-    def plan() -> Iterator[Plan]:
-        for e in range(epoch, epoch + epochs):
-            order = epoch_order(len(source), seed, e)
-            first = start_batch if e == epoch else 0
-            for number in range(first, batch_count(len(source), batch_size, drop_last=drop_last)):
-                ids = order[number * batch_size : (number + 1) * batch_size]
-                yield Plan(ids=ids, epoch=e, number=number)
-
     def prepare(plan: Plan) -> Batch:
         images = source.fetch(plan.ids, image_size)
         if augment is not None:
@@ -224,7 +242,16 @@ def train_batches(
 
     if ahead is None:
         ahead = 1 if batch_size * 3 * image_size**2 * 4 > _LARGE_BATCH else 2
-    return Batches(plan(), prepare, ahead=ahead, threads=threads)
+    plans = shuffled(
+        len(source),
+        batch_size=batch_size,
+        seed=seed,
+        epoch=epoch,
+        epochs=epochs,
+        start_batch=start_batch,
+        drop_last=drop_last,
+    )
+    return Batches(plans, prepare, ahead=ahead, threads=threads)
 
 
 def eval_batches(
@@ -239,16 +266,11 @@ def eval_batches(
 ) -> Batches:
     """Read every image once, in order and as it is. Arguments as for `train_batches`."""
 
-    def plan() -> Iterator[Plan]:
-        for number in range(batch_count(len(source), batch_size)):
-            ids = np.arange(number * batch_size, min((number + 1) * batch_size, len(source)))
-            yield Plan(ids=ids, epoch=0, number=number)
-
     def prepare(plan: Plan) -> Batch:
         images = source.fetch(plan.ids, image_size)
         return _batch(source, plan, to_tensor(images, image_size, normalise, channels_last=channels_last))
 
-    return Batches(plan(), prepare, ahead=ahead, threads=threads)
+    return Batches(in_order(len(source), batch_size), prepare, ahead=ahead, threads=threads)
 
 
 def _batch(source: ImageSource, plan: Plan, pixels: Tensor) -> Batch:

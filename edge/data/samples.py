@@ -1,6 +1,6 @@
 """The samples of a run: read in batches as the model's front takes them, images and sentences alike."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from edge.data.augment import to_tensor
 from edge.data.datasets import Dataset
-from edge.data.draws import epoch_order
-from edge.data.loader import Batch, Batches, Plan, batch_count, eval_batches, train_batches
+from edge.data.loader import Batch, Batches, Plan, eval_batches, in_order, shuffled, train_batches
 from edge.data.text import TextDataset, TextSource, Tokens
 
 __all__ = ["ImageSamples", "Samples", "TextSamples"]
@@ -138,25 +137,13 @@ class TextSamples:
 
     def train(self, *, batch_size: int, epochs: int, channels_last: bool) -> Batches:
         """See `Samples`."""
-
-        def plans() -> Iterator[Plan]:
-            for epoch in range(epochs):
-                order = epoch_order(self.train_size, self._seed, epoch)
-                for number in range(batch_count(self.train_size, batch_size)):
-                    ids = order[number * batch_size : (number + 1) * batch_size]
-                    yield Plan(ids=ids, epoch=epoch, number=number)
-
-        return Batches(plans(), self._reader(self._dataset.train))
+        plans = shuffled(self.train_size, batch_size=batch_size, seed=self._seed, epochs=epochs)
+        return Batches(plans, self._reader(self._dataset.train))
 
     def test(self, *, batch_size: int, channels_last: bool) -> Batches:
         """See `Samples`."""
-
-        def plans() -> Iterator[Plan]:
-            for number in range(batch_count(self.test_size, batch_size)):
-                ids = np.arange(number * batch_size, min((number + 1) * batch_size, self.test_size))
-                yield Plan(ids=ids, epoch=0, number=number)
-
-        return Batches(plans(), self._reader(self._dataset.test), ahead=4)
+        plans = in_order(self.test_size, batch_size)
+        return Batches(plans, self._reader(self._dataset.test), ahead=4)
 
     def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """See `Samples`."""
