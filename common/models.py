@@ -118,6 +118,11 @@ def build_model(spec: ModelSpec, *, offline: bool = False) -> nn.Module:
             raise UserError(f"the {what} must be from 1 to {most}, not {number}")
     if spec.config is not None and spec.weights == text_models.PRETRAINED:
         return _build_text(spec, spec.config, pretrained=True, offline=offline)
+    if spec.config is not None and spec.weights is not None and not is_path(spec.weights):
+        raise UserError(
+            f"{spec.name} has no weights {spec.weights!r}; there are pretrained and random; or give a .safetensors or "
+            ".pt file's path"
+        )
     if spec.weights is None or spec.name in _registered or is_path(spec.weights):
         model = _build_random(spec)
         if spec.weights is not None:
