@@ -92,6 +92,9 @@ def model_inputs(spec: ModelSpec) -> tuple[TensorInfo, ...]:
     """
     if spec.config is None:
         return image_input(spec.image_size or default_image_size(spec.name))
+    possible = text_config.most_tokens(spec.config)
+    if spec.tokens and possible is not None and spec.tokens > possible:
+        raise UserError(f"{spec.name} has {possible} positions, too few for texts of {spec.tokens} tokens")
     return text_config.inputs_of(spec.config, spec.tokens or text_config.DEFAULT_TOKENS)
 
 

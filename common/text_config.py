@@ -42,6 +42,17 @@ TYPES = (
 )
 """Encoders whose layers are found and whose forward can be split."""
 
+_POSITIONS_BEHIND_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
+
 # What a client may ask of a server's memory and patience.
 MOST_PARAMETERS = 4_000_000_000
 MOST_LAYERS = 512
@@ -105,7 +116,7 @@ def most_tokens(config: Mapping[str, Any]) -> int | None:
     if not isinstance(positions, int) or positions < 1:
         return None
     # RoBERTa's positions begin behind that of the padding.
-    padded = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet")
+    padded = config.get("model_type") in _POSITIONS_BEHIND_PADDING
     padding = config.get("pad_token_id", 1)
     return positions - (padding + 1 if padded and isinstance(padding, int) else 0)
 

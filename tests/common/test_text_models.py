@@ -199,11 +199,19 @@ def test_a_job_carries_a_text_model():
         ({"model_type": "bert"}, 512),
         ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
         ({"model_type": "roberta", "max_position_embeddings": 42, "pad_token_id": 0}, 41),
+        ({"model_type": "xlm-roberta-xl", "max_position_embeddings": 514}, 512),
+        ({"model_type": "roberta-prelayernorm", "max_position_embeddings": 514}, 512),
         ({"model_type": "deberta-v2", "max_position_embeddings": -1}, None),
     ],
 )
 def test_positions_limit_the_tokens(config, most):
     assert most_tokens(config) == most
+
+
+def test_a_job_of_longer_texts_than_a_model_has_positions_is_refused():
+    spec = ModelSpec(name="hf:x", num_classes=2, config=BERT, tokens=41)
+    with pytest.raises(UserError, match="hf:x has 40 positions, too few for texts of 41 tokens"):
+        model_inputs(spec)
 
 
 def test_only_models_that_tell_two_sentences_apart_are_told():
