@@ -114,6 +114,10 @@ class Middle:
         infos = self._parts.crossing(cut, committed)
         return [info for info in infos if info.requires_grad or not gradients]
 
+    def unmasked(self, cut: int) -> frozenset[str]:
+        """See `Split.unmasked`."""
+        return self._parts.unmasked(cut)
+
     def check(self, info: TensorInfo, tensor: Tensor, known: Sizes = UNKNOWN) -> Sizes:
         """Check that a tensor that came is what crosses there, for at most one chunk of samples.
 

@@ -110,6 +110,11 @@ def check_config(config: object) -> dict[str, Any]:
     return kept
 
 
+def mixes_padding(config: Mapping[str, Any] | None) -> bool:
+    """Whether a model's convolutions along the tokens let padding tell on tokens, so that it has to cross."""
+    return config is not None and config.get("model_type") in ("convbert", "nystromformer")
+
+
 def most_tokens(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens a model's positions allow; None where nothing limits them."""
     positions = config.get("max_position_embeddings", 512)
