@@ -4,6 +4,7 @@ An index beyond its table is an error on a CPU; on a GPU it ends the process's e
 may send any index.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def check_lookups(graph: fx.Graph, model: nn.Module) -> None:
         graph: over the model's paths; changed in place.
         model: holds the embeddings.
     """
+    layers = dict(model.named_modules())
     from_outside: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or (
@@ -31,7 +33,7 @@ def check_lookups(graph: fx.Graph, model: nn.Module) -> None:
         ):
             from_outside.add(node)
     for node in list(graph.nodes):
-        place = _index_place(node, model)
+        place = _index_place(node, layers)
         if place is None or node.args[place] not in from_outside:
             continue
         with graph.inserting_before(node):
@@ -43,10 +45,10 @@ def check_lookups(graph: fx.Graph, model: nn.Module) -> None:
             node.update_arg(place, graph.call_function(within, (node.args[place], rows)))
 
 
-def _index_place(node: fx.Node, model: nn.Module) -> int | None:
+def _index_place(node: fx.Node, layers: Mapping[str, nn.Module]) -> int | None:
     if node.op == "call_function" and node.target is torch.ops.aten.embedding.default:
         return 1
-    is_layer = node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.Embedding)
+    is_layer = node.op == "call_module" and isinstance(layers.get(str(node.target)), nn.Embedding)
     return 0 if is_layer and node.args else None
 
 

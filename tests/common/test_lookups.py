@@ -7,9 +7,9 @@ from torch import fx, nn
 from common.errors import UserError
 from common.lookups import check_lookups, within
 from common.model_spec import ModelSpec
-from common.models import build_model, model_inputs
+from common.models import build_model
 from common.partition import split
-from common.text_config import check_config
+from common.text_config import check_config, inputs_of
 from tests.tiny_text import CONFIGS
 
 TOKENS = 12
@@ -18,8 +18,8 @@ WORDS, LAYER = "embeddings.word_embeddings", "encoder.layer.1"
 
 def parts_of(kind, **changes):
     config = check_config({"model_type": kind, "vocab_size": 30, **CONFIGS[kind], **changes})
-    spec = ModelSpec(name="hf:x", num_classes=2, config=config, tokens=TOKENS)
-    return split(build_model(spec), (f"{kind}.{WORDS}", f"{kind}.{LAYER}"), model_inputs(spec))
+    spec = ModelSpec(name="hf:x", num_classes=2, config=config)
+    return split(build_model(spec), (f"{kind}.{WORDS}", f"{kind}.{LAYER}"), inputs_of(config, TOKENS))
 
 
 def given(infos, number):
@@ -69,6 +69,12 @@ def test_only_what_follows_from_values_is_checked():
     assert torch.equal(run(torch.tensor([[3.0]])), model(torch.tensor([[3.0]])))
     with pytest.raises(UserError, match="table has 4 rows"):
         run(torch.tensor([[4.0]]))
+
+
+def test_a_layer_that_is_none_of_the_models_own_is_passed_over():
+    graph = fx.symbolic_trace(nn.Sequential(nn.ReLU())).graph
+    check_lookups(graph, nn.Sequential())
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
 
 
 def test_no_index_at_all_is_within_any_table():
