@@ -17,6 +17,7 @@ from common.partition import Split, split
 from common.propagate import TensorInfo
 from common.spec import JobSpec
 from common.stage import AMP_DTYPES, Stage, seeded
+from common.text_models import is_folder
 from common.weights import partition_state, state_digest
 from wire.config import DEFAULT_LIMITS
 from wire.errors import CorruptPayload
@@ -113,6 +114,10 @@ class Middle:
         infos = self._parts.crossing(cut, committed)
         return [info for info in infos if info.requires_grad or not gradients]
 
+    def unmasked(self, cut: int) -> frozenset[str]:
+        """See `Split.unmasked`."""
+        return self._parts.unmasked(cut)
+
     def check(self, info: TensorInfo, tensor: Tensor, known: Sizes = UNKNOWN) -> Sizes:
         """Check that a tensor that came is what crosses there, for at most one chunk of samples.
 
@@ -203,8 +208,8 @@ class Middle:
 
 
 def _build(spec: JobSpec) -> Split:
-    if is_registered(spec.model.name):
-        # Its weights could only be a file, and files here are not the client's to name.
+    if is_registered(spec.model.name) or is_folder(spec.model.name):
+        # Its weights could only be files, and files here are not the client's to name.
         spec = replace(spec, model=replace(spec.model, weights=None))
     try:
         model = build_model(spec.model, offline=True)

@@ -44,13 +44,14 @@ class Work:
         )
         names = [info.name for info in infos]
         decoder, sizes, facts = passing.codecs.decoders[cut], passing.sizes, passing.facts
+        device, unmasked = self._middle.stage.device, self._middle.unmasked(cut)
         is_forward = isinstance(message, Forward)
         if is_forward and passing.codecs.uses_ids and not passing.evaluate:
             names.insert(0, IDS)
 
         def work() -> tuple[Tensor, ...]:
             known = None if is_forward else facts.get(message.chunk, NOTHING_KNOWN)
-            tensors = decoder.decode(message, names, device=self._middle.stage.device, facts=known)
+            tensors = decoder.decode(message, names, device=device, facts=known, unmasked=unmasked)
             if is_forward:
                 facts[message.chunk] = facts_of(tensors)
             tensors.pop(IDS, None)
@@ -89,9 +90,11 @@ class Work:
         """Encode an action's results, into host memory."""
         seed = derive_seed(self._seed, passing.step, action.chunk, f"cut{cut}.{action.what}")
         encoder, facts = passing.codecs.encoders[cut], passing.facts[action.chunk]
+        unmasked = self._middle.unmasked(cut)
 
         def work(tensors: tuple[Tensor, ...]) -> Encodings:
-            return encoder.encode(dict(zip(names, tensors, strict=True)), seed=seed, facts=facts)
+            named = dict(zip(names, tensors, strict=True))
+            return encoder.encode(named, seed=seed, facts=facts, unmasked=unmasked)
 
         return self._streams.encode(work, placed)
 

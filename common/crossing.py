@@ -10,6 +10,7 @@ from torch.fx.passes.split_module import split_module
 from common.dataflow import OUTPUT_PART, Flow, assign, make_changes_local
 from common.errors import UserError
 from common.graph import Traced, find_cut
+from common.lookups import check_lookups
 from common.propagate import TensorInfo, propagate
 from common.rederive import make_masks_local, make_numbers_local
 
@@ -110,6 +111,8 @@ def _split(flow: Flow, input_count: int) -> Thirds:
     taken = [given, cut1, [*cut2, *kept]]
     returned = [[*cut1, *kept], cut2, results]
     graphs = [_reroot(piece, nodes, *io) for piece, *io in zip(pieces, taken, returned, strict=True)]
+    for piece in graphs:
+        check_lookups(piece, flow.model)
     infos = [tuple(_info(flow, name) for name in names) for names in (given, cut1, cut2, kept, results)]
     return Thirds(Crossing(*infos), graphs, flow.copies)
 

@@ -45,7 +45,8 @@ def _export(model: nn.Module, inputs: Sequence[TensorInfo], training: bool) -> T
     varying = {info.name: {0: auto, **{dim + 1: auto for dim in info.token_dims}} for info in inputs}
     try:
         with TRACING, mode(model, training):
-            module = torch.export.export(model, (), kwargs=examples, dynamic_shapes=varying).module()
+            program = torch.export.export(model, (), kwargs=examples, dynamic_shapes=varying)
+            module = program.module()
     except Exception as error:
         # Whatever the model's own code, or the tracing of it, raises.
         reason = str(error).strip().partition("\n")[0]
@@ -53,7 +54,24 @@ def _export(model: nn.Module, inputs: Sequence[TensorInfo], training: bool) -> T
             f"{type(model).__name__} cannot be traced by torch.export, and so not split: {reason}"
         ) from error
     assert isinstance(module, fx.GraphModule)
+    _check_most_tokens(program, model, inputs)
     return _clean(module, model, [info.name for info in inputs])
+
+
+def _check_most_tokens(
+    program: torch.export.ExportedProgram, model: nn.Module, inputs: Sequence[TensorInfo]
+) -> None:
+    """Refuse more tokens than those for which the model takes the way that was traced."""
+    infos = {info.name: info for info in inputs}
+    for node in program.graph.find_nodes(op="placeholder"):
+        for dim in infos[node.name].token_dims if node.name in infos else ():
+            size, wanted = node.meta["val"].shape[dim + 1], infos[node.name].shape[dim]
+            known = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            if known is not None and known.upper < wanted:
+                raise UserError(
+                    f"{type(model).__name__} goes another way for more than {known.upper} tokens, and {wanted} are "
+                    f"asked for: give --max-length {known.upper} or less"
+                )
 
 
 def _example(info: TensorInfo) -> Tensor:

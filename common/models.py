@@ -92,6 +92,9 @@ def model_inputs(spec: ModelSpec) -> tuple[TensorInfo, ...]:
     """
     if spec.config is None:
         return image_input(spec.image_size or default_image_size(spec.name))
+    possible = text_config.most_tokens(spec.config)
+    if spec.tokens and possible is not None and spec.tokens > possible:
+        raise UserError(f"{spec.name} has {possible} positions, too few for texts of {spec.tokens} tokens")
     return text_config.inputs_of(spec.config, spec.tokens or text_config.DEFAULT_TOKENS)
 
 
@@ -118,6 +121,11 @@ def build_model(spec: ModelSpec, *, offline: bool = False) -> nn.Module:
             raise UserError(f"the {what} must be from 1 to {most}, not {number}")
     if spec.config is not None and spec.weights == text_models.PRETRAINED:
         return _build_text(spec, spec.config, pretrained=True, offline=offline)
+    if spec.config is not None and spec.weights is not None and not is_path(spec.weights):
+        raise UserError(
+            f"{spec.name} has no weights {spec.weights!r}; there are pretrained and random; or give a .safetensors or "
+            ".pt file's path"
+        )
     if spec.weights is None or spec.name in _registered or is_path(spec.weights):
         model = _build_random(spec)
         if spec.weights is not None:

@@ -193,6 +193,13 @@ class Split:
             for position, info in enumerate(infos)
         )
 
+    def unmasked(self, cut: int) -> frozenset[str]:
+        """Name the tensors of a text model that cross a cut and are no ``[B, S, ...]``, whatever their sizes."""
+        if not any(info.token_dims for info in self.inputs):
+            return frozenset()
+        infos = self.cut1 if cut == 1 else self.cut2
+        return frozenset(info.name for info in infos if info.rows != 1 or info.token_dims[:1] != (0,))
+
     def back_inputs(self, cut2: Sequence[Tensor], front_outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Join what crossed cut 2 with those of the front's outputs that are kept for the back."""
         return (*cut2, *front_outputs[len(self.cut1) :])

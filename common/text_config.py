@@ -42,6 +42,17 @@ TYPES = (
 )
 """Encoders whose layers are found and whose forward can be split."""
 
+_POSITIONS_BEHIND_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
+
 # What a client may ask of a server's memory and patience.
 MOST_PARAMETERS = 4_000_000_000
 MOST_LAYERS = 512
@@ -99,13 +110,18 @@ def check_config(config: object) -> dict[str, Any]:
     return kept
 
 
+def mixes_padding(config: Mapping[str, Any] | None) -> bool:
+    """Whether a model's convolutions along the tokens let padding tell on tokens, so that it has to cross."""
+    return config is not None and config.get("model_type") in ("convbert", "nystromformer")
+
+
 def most_tokens(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens a model's positions allow; None where nothing limits them."""
     positions = config.get("max_position_embeddings", 512)
     if not isinstance(positions, int) or positions < 1:
         return None
     # RoBERTa's positions begin behind that of the padding.
-    padded = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet")
+    padded = config.get("model_type") in _POSITIONS_BEHIND_PADDING
     padding = config.get("pad_token_id", 1)
     return positions - (padding + 1 if padded and isinstance(padding, int) else 0)
 

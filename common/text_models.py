@@ -36,13 +36,19 @@ def source(name: str) -> str:
 
 def is_folder(name: str) -> bool:
     """Tell a folder on this machine from a name on the hub."""
-    return Path(source(name)).expanduser().is_dir()
+    try:
+        return Path(source(name)).expanduser().is_dir()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # too long, another's home, a null byte: a peer may send anything
+        return False
 
 
 def has_weights(name: str) -> bool:
     """Whether pretrained weights come with a model: always from the hub, from a folder that holds some."""
-    folder = Path(source(name)).expanduser()
-    return not folder.is_dir() or any(folder.glob("*.safetensors*"))
+    return not is_folder(name) or any(Path(source(name)).expanduser().glob("*.safetensors*"))
 
 
 def transformers() -> "ModuleType":
@@ -83,7 +89,8 @@ def read_config(name: str) -> dict[str, Any]:
         )
     try:
         config = library.AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # Whatever half a dozen libraries make of what is no configuration.
         hint = "" if is_folder(name) else "; for a folder on this machine give hf:PATH"
         raise UserError(f"there is no model {name}: {_line(error)}{hint}") from error
     return check_config(json.loads(config.to_json_string(use_diff=True)))
@@ -122,12 +129,17 @@ def build_text_model(
     if parameters > MOST_PARAMETERS:
         raise UserError(f"{name} has {parameters:,} parameters; {MOST_PARAMETERS:,} are allowed")
     with seeded(seed, torch.device("cpu")), torch.device("cpu"), _float32():
-        if pretrained:
-            model = _pretrained(library, name, parsed, offline)
-        else:
-            model = library.AutoModelForSequenceClassification.from_config(parsed)
+        model = _pretrained(library, name, parsed, offline) if pretrained else _random(library, name, parsed)
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def _random(library: Any, name: str, config: Any) -> Any:
+    try:
+        return library.AutoModelForSequenceClassification.from_config(config)
+    except (RuntimeError, ValueError, TypeError) as error:
+        # What only shows where there are numbers, such as a negative spread.
+        raise UserError(f"the configuration of {name} makes no model: {_line(error)}") from error
 
 
 def _pretrained(library: Any, name: str, config: Any, offline: bool) -> Any:
@@ -142,7 +154,8 @@ def _pretrained(library: Any, name: str, config: Any, offline: bool) -> Any:
             local_files_only=offline,
             dtype=torch.float32,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        # A damaged or foreign file raises whatever its reader met first.
         raise UserError(f"the weights of {name} could not be read: {_line(error)}") from error
     fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if fresh:
@@ -176,7 +189,8 @@ def tokenizer_of(name: str) -> Any:
     """
     try:
         tokenizer = transformers().AutoTokenizer.from_pretrained(_where(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        # The same of half a dozen kinds of files.
         raise UserError(f"{name} comes without a tokenizer that can be used: {_line(error)}") from error
     if len(tokenizer) <= len(
         tokenizer.all_special_tokens

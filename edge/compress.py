@@ -92,19 +92,25 @@ def with_ragged(compression: Compression, crossing: Sequence[Sequence[TensorInfo
     return replace(compression, codecs=codecs)
 
 
-def check_lengths(crossing: Sequence[Sequence[TensorInfo]], *, padding: str) -> None:
+def check_lengths(
+    dense: Sequence[Sequence[TensorInfo]], crossing: Sequence[Sequence[TensorInfo]], *, padding: str
+) -> None:
     """Check that texts have one length where a bottleneck along the sequence needs that.
 
     Args:
-        crossing: what crosses cut 1 and cut 2.
+        dense: what crosses cut 1 and cut 2 without bottlenecks.
+        crossing: what crosses with them.
         padding: how texts are padded.
 
     Raises:
         UserError: they have not.
     """
-    varies = any(info.token_dims for infos in crossing for info in infos)
-    fixed = any(info.dtype.is_floating_point and not info.token_dims for infos in crossing for info in infos)
-    if varies and fixed and padding == "longest":
+    fixed = any(
+        before.token_dims and not after.token_dims
+        for infos in zip(dense, crossing, strict=True)
+        for before, after in zip(*infos, strict=True)
+    )
+    if fixed and padding == "longest":
         raise UserError(
             "--compress decay with rate2 narrows the sequence, for which all texts need one length: give --padding max"
         )

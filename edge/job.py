@@ -86,9 +86,9 @@ def prepare(config: TrainConfig) -> Job:
         _check_smallest_chunk(model, config, inputs, samples=samples.train_size, steps=total_steps)
     cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model, model)
     parts = with_bottleneck(split(model, cuts, inputs), compression.bottlenecks, seed=config.seed)
-    if config.ragged:
+    if config.ragged and not text_config.mixes_padding(model_spec.config):
         compression = with_ragged(compression, (parts.cut1, parts.cut2))
-    check_lengths((parts.cut1, parts.cut2), padding=config.padding)
+    check_lengths((parts.dense1, parts.dense2), (parts.cut1, parts.cut2), padding=config.padding)
     check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
     if config.bottleneck is not None:
         purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)

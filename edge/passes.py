@@ -114,7 +114,9 @@ class Pass:
         # What comes through cut 1, or in an evaluation, is the last of its chunk.
         known = self.facts.pop if cut == 1 or self.evaluate else self.facts.get
         facts = known(message.chunk, None) or NOTHING_KNOWN
-        tensors = self.decoders[cut].decode(message, names, facts=facts)
+        tensors = self.decoders[cut].decode(
+            message, names, facts=facts, unmasked=self.context.parts.unmasked(cut)
+        )
         for info, tensor in zip(infos, tensors.values(), strict=True):
             expected = info.batched(self.samples(message.chunk), self.tokens(message.chunk))
             if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, expected):
@@ -143,7 +145,8 @@ class Pass:
         if cut == 1:
             self.facts[action.chunk] = facts_of(tensors)
         facts = self.facts.get(action.chunk, NOTHING_KNOWN)
-        return self.encoders[cut].encode(tensors, seed=seed, facts=facts)
+        unmasked = self.context.parts.unmasked(cut)
+        return self.encoders[cut].encode(tensors, seed=seed, facts=facts, unmasked=unmasked)
 
     async def _send(self, action: Action, names: list[str], encoding: asyncio.Future[Encodings]) -> None:
         step, chunk, backward, evaluate = self.step, action.chunk, action.backward, self.evaluate

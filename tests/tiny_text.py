@@ -35,6 +35,19 @@ CONFIGS = {
     },
 }
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 40,
+}
+OTHERS = {
+    "mpnet": {**SMALL, "pad_token_id": 0, "initializer_range": 0.2},
+    "convbert": {**SMALL, "embedding_size": 32, "conv_kernel_size": 3, "initializer_range": 0.2},
+}
+"""Models of which more crosses than the tokens need."""
+
 
 def write_model(folder: Path, kind: str = "bert", *, weights: bool = False) -> str:
     """Write a model's folder; returns its name. With weights it is a checkpoint with a classifier of two."""
@@ -43,7 +56,7 @@ def write_model(folder: Path, kind: str = "bert", *, weights: bool = False) -> s
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(words))
     library.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    config = library.AutoConfig.for_model(kind, vocab_size=len(words), **CONFIGS[kind])
+    config = library.AutoConfig.for_model(kind, vocab_size=len(words), **{**CONFIGS, **OTHERS}[kind])
     if weights:
         library.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     else:

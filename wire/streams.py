@@ -1,6 +1,6 @@
 """Named tensors to messages and back: the streams of one cut and direction, and state dicts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -62,12 +62,9 @@ def facts_of(tensors: Mapping[str, Tensor]) -> Facts:
         if ids.dtype != torch.int64 or ids.dim() != 1 or bool((ids < 0).any()):
             raise CorruptPayload(f"the sample ids came as {ids.dtype} {list(ids.shape)}, not int64 from 0")
         known = tuple(ids.tolist())
-    mask = next((tensor for name, tensor in tensors.items() if name != IDS and _is_mask(tensor)), None)
+    masks = (t for name, t in tensors.items() if name != IDS and t.dtype == torch.bool and t.dim() == 2)
+    mask = next(masks, None)
     return Facts(known, None if mask is None else mask.cpu())
-
-
-def _is_mask(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bool and tensor.dim() == 2
 
 
 def _role(gradient: bool) -> Role:
@@ -122,7 +119,14 @@ class StreamEncoder(Stream[Encoder]):
         super().__init__(chain, gradient, Encoder)
         self._raw = Encoder(parse_chain("none"), _role(gradient))
 
-    def encode(self, tensors: Mapping[str, Tensor], *, seed: int, facts: Facts = NOTHING_KNOWN) -> Encodings:
+    def encode(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        seed: int,
+        facts: Facts = NOTHING_KNOWN,
+        unmasked: Container[str] = (),
+    ) -> Encodings:
         """Encode one chunk's tensors.
 
         A tensor that is not finite is sent raw, so that NaN arrives as NaN and the loss shows it.
@@ -131,14 +135,13 @@ class StreamEncoder(Stream[Encoder]):
             tensors: by name.
             seed: of stochastic rounding.
             facts: of the chunk; at cut 1, where they cross for the first time, what `facts_of` returns.
+            unmasked: the names of tensors that the chunk's mask tells nothing of, whatever their shapes.
         """
-        descs: list[dict[str, Any]] = []
-        buffers: list[memoryview] = []
-        for index, (name, tensor) in enumerate(tensors.items()):
-            encoded = self._encode(name, tensor, seed + index, facts)
-            descs.append(encoded.desc)
-            buffers.extend(encoded.buffers)
-        return descs, buffers
+        encodings = [
+            self._encode(name, tensor, seed + index, Facts(facts.ids) if name in unmasked else facts)
+            for index, (name, tensor) in enumerate(tensors.items())
+        ]
+        return [one.desc for one in encodings], [buffer for one in encodings for buffer in one.buffers]
 
     def _encode(self, name: str, tensor: Tensor, seed: int, facts: Facts) -> Encoded:
         try:
@@ -167,6 +170,7 @@ class StreamDecoder(Stream[Decoder]):
         *,
         device: torch.device | None = None,
         facts: Facts | None = None,
+        unmasked: Container[str] = (),
     ) -> dict[str, Tensor]:
         """Decode a message's tensors.
 
@@ -176,6 +180,7 @@ class StreamDecoder(Stream[Decoder]):
             device: where the tensors are wanted; the CPU unless given.
             facts: of the chunk; None at cut 1, where the message itself brings them: `facts_of` what this
                 returns says the same.
+            unmasked: as it was encoded with.
 
         Raises:
             CorruptPayload: other names, or a payload that does not fit its description.
@@ -193,9 +198,10 @@ class StreamDecoder(Stream[Decoder]):
         for name, desc, offset in spans:
             if facts is None and name != IDS and not _describes_mask(desc):
                 facts = facts_of(tensors)
-            tensors[name], _ = (self._ids if name == IDS else self._of(name)).decode(
-                desc, message.payload, offset=offset, device=device, facts=facts or NOTHING_KNOWN
-            )
+            coder = self._ids if name == IDS else self._of(name)
+            known = facts or NOTHING_KNOWN
+            known = Facts(known.ids) if name in unmasked else known
+            tensors[name], _ = coder.decode(desc, message.payload, offset=offset, device=device, facts=known)
         return {name: tensors[name] for name in names}
 
 

@@ -58,9 +58,10 @@ def open_hub(name: str) -> TextDataset:
             f"{name} has the splits {', '.join(loaded)}; it needs train, and one of {', '.join(_TEST_SPLITS)}"
         )
     texts, label = _columns(name, loaded["train"].column_names)
-    classes = _classes(loaded["train"].features[label], loaded["train"][label])
+    feature = loaded["train"].features[label]
+    classes = _classes(feature, loaded["train"][label])
     train, tested = (
-        TextSource(_sentences(loaded[split], texts), _labels(name, loaded[split][label], classes))
+        TextSource(_sentences(loaded[split], texts), _labels(name, loaded[split][label], feature, classes))
         for split in ("train", test)
     )
     return TextDataset(name=name, classes=classes, train=train, test=tested)
@@ -86,14 +87,12 @@ def _sentences(split: Any, columns: tuple[str, ...]) -> list[Sentence]:
     return list(zip(*texts, strict=True)) if len(texts) == 2 else list(texts[0])
 
 
-def _labels(name: str, labels: Sequence[Any], classes: tuple[str, ...]) -> Iterable[int]:
+def _labels(name: str, labels: Iterable[Any], feature: Any, classes: tuple[str, ...]) -> Iterable[int]:
+    """Number labels; those of a set that names its classes are numbers already, whatever the names are."""
+    is_numbered = bool(getattr(feature, "names", None))
     numbers = {text: number for number, text in enumerate(classes)}
     for label in labels:
-        number = (
-            label
-            if isinstance(label, int | np.integer) and str(label) not in numbers
-            else numbers.get(str(label))
-        )
-        if number is None or not 0 <= number < len(classes):
+        number = label if is_numbered else numbers.get(str(label))
+        if not isinstance(number, int | np.integer) or not 0 <= number < len(classes):
             raise UserError(f"{name} has a label {label!r} that is none of {', '.join(classes)}")
         yield int(number)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from cloud.device import Device
@@ -16,7 +17,9 @@ from common.models import build_model, register_model
 from common.optim import OptimSpec
 from common.partition import image_input, split
 from common.spec import JobSpec
+from common.text_models import PRETRAINED, read_config
 from common.weights import partition_state, state_digest
+from tests.tiny_text import write_model
 from wire.errors import CorruptPayload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,6 +171,17 @@ def test_pretrained_weights_that_cannot_be_had_here_are_awaited_from_the_client(
     monkeypatch.setattr("cloud.middle.build_model", cannot_fetch)
     model = replace(spec_of().model, weights="IMAGENET1K_V1")
     assert middle_of(model=model).needs_weights
+
+
+def test_a_folder_of_the_servers_is_not_the_clients_to_name(tmp_path):
+    name = write_model(tmp_path, weights=True)
+    cuts = ("bert.encoder.layer.0.attention", "bert.encoder.layer")
+    model = ModelSpec(name=name, num_classes=2, config=read_config(name), weights=PRETRAINED, tokens=16)
+    state = middle_of(model=model, cuts=cuts).state()
+    secret = load_file(tmp_path / "model.safetensors")
+    weights = [key for key in state if key.endswith("dense.weight")]
+    assert weights
+    assert not any(torch.equal(state[key], secret[key]) for key in weights)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,16 @@ def test_an_unknown_cut_is_told_the_nearest():
         split(build_model(spec), ("bert.embeddings", "bert.encoder.layer.7"), model_inputs(spec))
 
 
+def test_more_tokens_than_the_way_that_was_traced_is_for_are_refused():
+    class Turns(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return input_ids.float() if input_ids.shape[1] <= 20 else attention_mask.float()
+
+    export_modes(Turns(), text_input(20))
+    with pytest.raises(UserError, match="more than 20 tokens, and 21 are asked for: give --max-length 20"):
+        export_modes(Turns(), text_input(21))
+
+
 def test_a_model_that_looks_at_values_is_refused_in_one_line():
     class Looks(torch.nn.Module):
         def forward(self, input_ids, attention_mask):

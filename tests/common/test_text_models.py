@@ -17,6 +17,7 @@ from common.text_models import (
     PRETRAINED,
     build_text_model,
     has_weights,
+    is_folder,
     read_config,
     tokenizer_of,
     transformers,
@@ -99,6 +100,39 @@ def test_pickled_weights_are_not_read(tmp_path):
         build_text_model(name, read_config(name), 2, seed=0, pretrained=True, offline=True)
 
 
+@pytest.mark.parametrize("length", [0, 100, -100])
+def test_damaged_weights_are_told_in_one_line(tmp_path, length):
+    name = write_model(tmp_path, weights=True)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"the weights of hf:.* could not be read") as caught:
+        build_text_model(name, read_config(name), 2, seed=0, pretrained=True, offline=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_with_a_value_of_another_type_is_told_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**BERT, "hidden_size": "wide"}))
+    with pytest.raises(UserError, match="hidden_size") as caught:
+        read_config(f"hf:{tmp_path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_a_name_that_there_is_not_are_refused():
+    with pytest.raises(
+        UserError, match="hf:x has no weights 'IMAGENET1K_V1'; there are pretrained and random"
+    ):
+        build_model(ModelSpec(name="hf:x", num_classes=2, config=BERT, weights="IMAGENET1K_V1"))
+
+
+@pytest.mark.parametrize(
+    "name", ["hf:~nobody-of-that-name/x", "hf:" + "x" * 5000, "hf:a\0b", "hf:", "hf:a/b/c"]
+)
+def test_any_name_is_a_folder_or_not(name):
+    assert is_folder(name) is (name == "hf:")
+    with pytest.raises(UserError, match="could not be read"):
+        build_text_model(name, BERT, 2, seed=0, pretrained=True, offline=True)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -120,7 +154,13 @@ def test_a_peers_configuration_is_checked_before_anything_is_built(config, messa
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 33}, {"hidden_size": "wide"}, {"hidden_act": "os.system"}, {"num_attention_heads": 0}],
+    [
+        {"hidden_size": 33},
+        {"hidden_size": "wide"},
+        {"hidden_act": "os.system"},
+        {"num_attention_heads": 0},
+        {"initializer_range": -1.0},
+    ],
 )
 def test_a_configuration_that_makes_no_model_is_refused_in_one_line(changes):
     with pytest.raises(UserError, match="makes no model") as caught:
@@ -159,11 +199,19 @@ def test_a_job_carries_a_text_model():
         ({"model_type": "bert"}, 512),
         ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
         ({"model_type": "roberta", "max_position_embeddings": 42, "pad_token_id": 0}, 41),
+        ({"model_type": "xlm-roberta-xl", "max_position_embeddings": 514}, 512),
+        ({"model_type": "roberta-prelayernorm", "max_position_embeddings": 514}, 512),
         ({"model_type": "deberta-v2", "max_position_embeddings": -1}, None),
     ],
 )
 def test_positions_limit_the_tokens(config, most):
     assert most_tokens(config) == most
+
+
+def test_a_job_of_longer_texts_than_a_model_has_positions_is_refused():
+    spec = ModelSpec(name="hf:x", num_classes=2, config=BERT, tokens=41)
+    with pytest.raises(UserError, match="hf:x has 40 positions, too few for texts of 41 tokens"):
+        model_inputs(spec)
 
 
 def test_only_models_that_tell_two_sentences_apart_are_told():

@@ -267,10 +267,16 @@ def test_a_cut_that_is_narrowed_along_the_sequence_has_no_padding_to_leave_out()
 
 
 def test_narrowing_along_the_sequence_needs_texts_of_one_length():
-    check_lengths(TEXT, padding="longest")
-    check_lengths(((MIXED, MASK), (MIXED,)), padding="max")
+    narrowed = ((MIXED, MASK), (MIXED,))
+    check_lengths(TEXT, TEXT, padding="longest")
+    check_lengths(TEXT, narrowed, padding="max")
     with pytest.raises(UserError, match="give --padding max"):
-        check_lengths(((MIXED, MASK), (MIXED,)), padding="longest")
+        check_lengths(TEXT, narrowed, padding="longest")
+
+
+def test_a_cut_behind_the_pooling_needs_no_texts_of_one_length():
+    pooled = ((HIDDEN, MASK), (TensorInfo(name="pooled", shape=(32,), requires_grad=True),))
+    check_lengths(pooled, pooled, padding="longest")
 
 
 def test_ragged_without_a_mask_is_refused():

@@ -132,6 +132,16 @@ def write_hub(folder, columns, *, splits=("train", "validation"), features=None)
     return f"hf:{folder}"
 
 
+def test_names_that_are_numbers_are_names(tmp_path):
+    stars = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2", "3"])}
+    )
+    columns = {"text": ["bad", "so so", "good"], "label": [0, 1, 2]}
+    dataset = opened(write_hub(tmp_path, columns, features=stars))
+    assert dataset.classes == ("1", "2", "3")
+    assert dataset.train.labels.tolist() == [0, 1, 2]
+
+
 def test_a_data_set_of_the_hubs_is_opened_from_its_folder(tmp_path):
     named = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}

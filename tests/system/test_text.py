@@ -1,6 +1,7 @@
 """Text encoders over a real link: bitwise as unsplit training by a plain loop, and saved for them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from edge.data.text import open_text
 from edge.trainer import train
 from tests.system.conftest import CloudServer
 from tests.system.processes import run, serving
-from tests.tiny_text import write_cola, write_model
+from tests.tiny_text import OTHERS, write_cola, write_model
 
 # The first module of each part that draws random numbers, or comes before one that does.
 PARTS = {
@@ -123,6 +124,20 @@ def test_text_trains_as_if_unsplit(
     assert result.state.keys() == state.keys()
     for name, expected in state.items():
         assert torch.equal(result.state[name], expected), name
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_padding_crosses_where_a_model_looks_at_it(
+    cloud_server: CloudServer, tmp_path: Path, kind: str
+) -> None:
+    """MPNet's bias by relative position, `[B, heads, S, S]`, is no `[B, S, ...]`, even with as many heads as tokens."""
+    heads = OTHERS[kind]["num_attention_heads"]
+    config = config_of(tmp_path, cloud_server.address, kind, steps=3, max_length=heads)
+    losses = []
+    for ragged in (True, False):
+        train(replace(config, ragged=ragged))
+        losses.append([line["loss"] for line in steps_of(tmp_path / "metrics.jsonl")])
+    assert losses[0] == losses[1]
 
 
 def test_the_saved_model_loads_into_plain_transformers(tmp_path: Path) -> None:

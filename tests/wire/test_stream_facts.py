@@ -52,6 +52,16 @@ def test_mask_crosses_once_and_serves_the_other_three_streams() -> None:
         torch.testing.assert_close(back, only(KEPT, HIDDEN), atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("chain", ["ragged", "ragged+delta:first=full"])
+def test_a_tensor_that_the_mask_tells_nothing_of_crosses_whole_whatever_its_shape(chain: str) -> None:
+    tensors = {IDS: torch.arange(3), "mask": KEPT, "bias": torch.ones(3, 64, 64)}
+    encoder = StreamEncoder(chain, gradient=False)
+    encodings = encoder.encode(tensors, seed=0, facts=facts_of(tensors), unmasked={"bias"})
+    message = crossed(chunk_message(encodings, list(tensors), 1, 0, backward=False))
+    decoder = StreamDecoder(chain, gradient=False, max_bytes=1 << 20)
+    assert torch.equal(decoder.decode(message, message.names, unmasked={"bias"})["bias"], tensors["bias"])
+
+
 def test_first_of_several_masks_is_the_chunks() -> None:
     other = mask((1, 1, 1), 64)
     tensors = {"one": KEPT, "hidden": HIDDEN, "other": other}
