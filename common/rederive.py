@@ -1,7 +1,8 @@
 """Makes anew, behind a cut, what need not cross it.
 
 - A mask that follows from the model's integer inputs: what crosses is the input, ``[B, S]``, and not what the
-  model has made of it, which may have ``[B, 1, S, S]``.
+  model has made of it, which may have ``[B, 1, S, S]``. Likewise a table that follows from sizes alone, such as the
+  sines and cosines of rotary positions.
 - A number, such as a size: it is a constant, or follows the batch and the number of tokens and is read off a
   tensor that crosses anyway. So is the device that tensors are made on.
 """
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from common.dataflow import OUTPUT_PART, Flow
 from common.errors import UserError
@@ -52,6 +53,8 @@ def _masks(flow: Flow) -> set[fx.Node]:
                 sources.add(node)
         elif not tensors_in(values[0]) and node.op != "output":
             neutral.add(node)
+        elif node.op == "get_attr" and not isinstance(values[0], nn.Parameter):
+            neutral.add(node)  # a table, such as one of frequencies, which both sides may have
         elif _can_be_repeated(node) and isinstance(values[0], Tensor):
             given = node.all_input_nodes
             if all(n in sources or n in neutral for n in given):

@@ -20,8 +20,6 @@ TYPES = (
     "camembert",
     "convbert",
     "data2vec-text",
-    "deberta",
-    "deberta-v2",
     "distilbert",
     "electra",
     "ernie",
@@ -59,6 +57,18 @@ MOST_LAYERS = 512
 LARGEST_LENGTH = 1 << 16
 _LARGEST_CONFIG = 1 << 16
 _LARGEST_NUMBER = 10_000_000
+
+# Those that take ``token_type_ids``, unless their configuration has a single type.
+_TELLS_PAIRS = (
+    "bert",
+    "big_bird",
+    "convbert",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "mobilebert",
+    "rembert",
+)
 
 # What describes a file or names code, not a model; where attention is computed is chosen here.
 _LEFT_OUT = (
@@ -146,5 +156,5 @@ def choose_length(name: str, config: Mapping[str, Any], asked: int | None) -> in
 
 def inputs_of(config: Mapping[str, Any], tokens: int) -> tuple[TensorInfo, ...]:
     """Describe what a model takes, for at most so many tokens."""
-    types = config.get("type_vocab_size", 2 if config.get("model_type") == "bert" else 0)
-    return text_input(tokens, pairs=config.get("model_type") == "bert" and types > 1)
+    pairs = config.get("model_type") in _TELLS_PAIRS and config.get("type_vocab_size", 2) != 1
+    return text_input(tokens, pairs=pairs)

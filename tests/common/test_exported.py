@@ -139,3 +139,18 @@ def test_a_model_that_looks_at_values_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"Looks cannot be traced by torch\.export") as caught:
         export_modes(Looks(), text_input(LONGEST))
     assert "\n" not in str(caught.value)
+
+
+def test_tables_that_follow_from_sizes_alone_are_made_on_both_sides():
+    """Rotary positions crossed as floats with every chunk, for lossy codecs to spoil."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = check_config({"model_type": "esm", "vocab_size": 30, "pad_token_id": 1, **sizes})
+    spec = ModelSpec(name="hf:tiny-esm", num_classes=2, config=config, tokens=LONGEST)
+    model = build_model(spec)
+    parts = split(model, preset_cuts(spec.name, model), model_inputs(spec))
+    assert [info.shape for info in parts.cut1] == [(LONGEST,), (LONGEST, 32)]
+    inputs = batch(parts, 2, 9, padded=True)
+    model.eval()
+    for partition in parts.partitions.values():
+        partition.eval()
+    assert torch.equal(model(**inputs).logits, parts.run(*inputs.values())[0])
