@@ -51,10 +51,10 @@ def _masks(flow: Flow) -> set[fx.Node]:
         if node.op == "placeholder" and isinstance(values[0], Tensor):
             if not values[0].is_floating_point():
                 sources.add(node)
-        elif not tensors_in(values[0]) and node.op != "output":
+        elif (not tensors_in(values[0]) and node.op != "output") or (
+            node.op == "get_attr" and _is_table(values[0])
+        ):
             neutral.add(node)
-        elif node.op == "get_attr" and not isinstance(values[0], nn.Parameter):
-            neutral.add(node)  # a table, such as one of frequencies, which both sides may have
         elif _can_be_repeated(node) and isinstance(values[0], Tensor):
             given = node.all_input_nodes
             if all(n in sources or n in neutral for n in given):
@@ -64,6 +64,11 @@ def _masks(flow: Flow) -> set[fx.Node]:
         for node in (*sources, *neutral)
         if node.op.startswith("call_") and isinstance(flow.found.values[node.name][0], Tensor)
     }
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a buffer is one of fractions, such as frequencies; what is looked up in others may not be there."""
+    return isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, nn.Parameter)
 
 
 def _can_be_repeated(node: fx.Node) -> bool:
