@@ -57,8 +57,8 @@ class Encoded:
     size: int
 
 
-class Encoder:
-    """Encodes one stream of tensors. One thread at a time uses it.
+class _End:
+    """One end of a stream: its codecs, and the state that they keep.
 
     Args:
         chain: what `parse_chain` returned.
@@ -69,6 +69,40 @@ class Encoder:
     def __init__(self, chain: Chain, role: Role, *, threads: int | None = None) -> None:
         self._stages = Stages(chain, role)
         self._threads = threads
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the stream's codecs; empty where none keeps any."""
+        return self._stages.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state that `state_dict` returned, of this or another end of the same kind for the same chain.
+
+        Raises:
+            ValueError: the state belongs to another chain.
+        """
+        self._stages.load_state_dict(state)
+
+    def commit(self) -> None:
+        """Makes the present state the one that `rollback` goes back to."""
+        self._stages.commit()
+
+    def rollback(self) -> None:
+        """Goes back to the state of the last `commit`, or of the beginning."""
+        self._stages.rollback()
+
+    def close(self) -> None:
+        """Gives up what codecs hold outside memory; nothing is coded after that."""
+        self._stages.close()
+
+
+class Encoder(_End):
+    """Encodes one stream of tensors. One thread at a time uses it.
+
+    Args:
+        chain: what `parse_chain` returned.
+        role: what the stream carries.
+        threads: how many threads torch may use meanwhile; None leaves the calling thread's setting.
+    """
 
     def encode(self, x: Tensor, *, seed: int, facts: Facts = NOTHING_KNOWN) -> Encoded:
         """Encodes a tensor, on the tensor's own device.
@@ -129,32 +163,8 @@ class Encoder:
         sent = iter(leaves)
         put_together(tree, lambda leaf: next(sent), device, facts)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the stream's codecs; empty where none keeps any."""
-        return self._stages.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes back to a state that `state_dict` returned, of this or another encoder for the same chain.
-
-        Raises:
-            ValueError: the state belongs to another chain.
-        """
-        self._stages.load_state_dict(state)
-
-    def commit(self) -> None:
-        """Makes the present state the one that `rollback` goes back to."""
-        self._stages.commit()
-
-    def rollback(self) -> None:
-        """Goes back to the state of the last `commit`, or of the beginning."""
-        self._stages.rollback()
-
-    def close(self) -> None:
-        """Gives up what codecs hold outside memory; nothing is coded after that."""
-        self._stages.close()
-
-
-class Decoder:
+class Decoder(_End):
     """Decodes one stream of tensors. One thread at a time uses it.
 
     Args:
@@ -167,8 +177,7 @@ class Decoder:
     def __init__(
         self, chain: Chain, role: Role, *, threads: int | None = None, max_bytes: int = MAX_TENSOR_BYTES
     ) -> None:
-        self._stages = Stages(chain, role)
-        self._threads = threads
+        super().__init__(chain, role, threads=threads)
         self._max_bytes = max_bytes
 
     def size(self, desc: object, facts: Facts = NOTHING_KNOWN) -> int:
@@ -218,30 +227,6 @@ class Decoder:
                 # The copies may still be reading the payload, which is the caller's again after this.
                 torch.cuda.current_stream(target).synchronize()
         return x, offset + tree.size
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the stream's codecs; empty where none keeps any."""
-        return self._stages.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes back to a state that `state_dict` returned, of this or another decoder for the same chain.
-
-        Raises:
-            ValueError: the state belongs to another chain.
-        """
-        self._stages.load_state_dict(state)
-
-    def commit(self) -> None:
-        """Makes the present state the one that `rollback` goes back to."""
-        self._stages.commit()
-
-    def rollback(self) -> None:
-        """Goes back to the state of the last `commit`, or of the beginning."""
-        self._stages.rollback()
-
-    def close(self) -> None:
-        """Gives up what codecs hold outside memory; nothing is coded after that."""
-        self._stages.close()
 
 
 class _Leaves:
