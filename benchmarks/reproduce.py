@@ -39,7 +39,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from benchmarks.product import machine, today
 from benchmarks.published import Row
 from benchmarks.run_all import HEAD, with_section
 from common.runtime import prepare_process
+from edge.flops import columns
 
 RECORDS = ROOT / "docs" / "reproduced.json"
 RESULTS = ROOT / "docs" / "results.md"
@@ -200,8 +201,6 @@ def image_setting(name: str, data: Path, folder: Path, start: Path | None) -> Se
 
 
 def _shortened(limits: Mapping[str, Any]) -> Any:
-    from dataclasses import replace
-
     return replace(FINE_TUNE, pretrain={**(FINE_TUNE.pretrain or {}), **limits})
 
 
@@ -263,11 +262,11 @@ def run_table(table: str, setting: Setting, rows: Sequence[Row], seeds: Sequence
             (row, seed, pool.submit(train_row, device, fields, row.spec(setting.scale), seed))
             for seed in seeds
             for row in rows
-            if row is not NONE or (_recorded_as(table, row), row.label, seed) not in measured
+            if row is not NONE or (recorded_as(table, row), row.label, seed) not in measured
         ]
         for row, seed, future in begun:
             record = Record(
-                table=_recorded_as(table, row),
+                table=recorded_as(table, row),
                 row=row.label,
                 compress=row.spec(setting.scale),
                 seed=seed,
@@ -284,7 +283,8 @@ def run_table(table: str, setting: Setting, rows: Sequence[Row], seeds: Sequence
             )
 
 
-def _recorded_as(table: str, row: Row) -> str:
+def recorded_as(table: str, row: Row) -> str:
+    """The table under which a row of a table is kept: uncompressed runs are shared among some."""
     return BASELINES.get(table, "image") if row is NONE else table
 
 
@@ -292,7 +292,7 @@ def table_text(table: str, setting: Setting, rows: Sequence[Row]) -> tuple[str, 
     """The table, published beside measured; and whether no row loses more than the published one."""
     kind = TABLES[table][0]
     base = published.TEXT_BASELINE if kind == "text" else published.IMAGE_BASELINE
-    tables = (table, _recorded_as(table, NONE))
+    tables = (table, recorded_as(table, NONE))
     records = [r for r in read_records() if r.table in tables and r.setting == setting.name]
     plain = {r.seed: r for r in records if r.row == NONE.label}
     head = (
@@ -336,14 +336,6 @@ def table_text(table: str, setting: Setting, rows: Sequence[Row]) -> tuple[str, 
             )
         )
     return columns(lines), met
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out in columns, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
 
 
 def write_section(title: str, about: str, printed: str) -> None:

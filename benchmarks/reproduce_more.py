@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from benchmarks.links import shaped_link
 from benchmarks.mobilenet_split import MALLOC_HELP
 from benchmarks.product import clean_environment, run_json, run_product
 from benchmarks.published import IMAGE_BASELINE, TEXT_BASELINE, Row
-from benchmarks.reproduce import Record, columns, read_records, write_section
+from benchmarks.reproduce import NONE, TABLES, Record, read_records, recorded_as, write_section
 from benchmarks.step_time import WORKLOAD
+from edge.flops import columns
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ALLOWED = 0.01
@@ -104,24 +105,26 @@ def plot(options: argparse.Namespace) -> bool:
         import matplotlib
 
         matplotlib.use("Agg")
+        matplotlib.rcParams["svg.hashsalt"] = "isthmus"  # the same picture is the same file
         from matplotlib import pyplot
     except ImportError:
         print("skipped: matplotlib is not installed; pip install 'isthmus[bench]'")
         return False
     setting = "full" if options.full else "cpu"
     records = [r for r in read_records() if r.setting == setting]
+    plain = {(r.table, r.seed): r.accuracy for r in records if r.row == NONE.label}
     kinds: Sequence[tuple[str, str, set[str], float, tuple[Row, ...]]] = (
         (
             "images",
             "CIFAR-10, MobileNetV2",
-            {"image", "conv", "int8", "lowrank-image", "image-chains"},
+            _tables("image"),
             IMAGE_BASELINE,
             (*published.CONV, *published.INT8, *published.LOWRANK_IMAGE),
         ),
         (
             "text",
             "CoLA",
-            {"text", "decay", "lowrank", "text-chains"},
+            _tables("text"),
             TEXT_BASELINE,
             (*published.DECAY, *published.LOWRANK_TEXT),
         ),
@@ -133,7 +136,7 @@ def plot(options: argparse.Namespace) -> bool:
             continue
         figure, axes = pyplot.subplots(figsize=(9, 5.5))
         for table in sorted({r.table for r in mine}):
-            points = list(_means(r for r in mine if r.table == table))
+            points = list(_means([r for r in mine if r.table == table], plain))
             axes.plot(*zip(*points, strict=True), "o", label=f"here: {table}")
         # A published rate is of the same dense bytes; accuracies are drawn as differences from no compression.
         dense = max(r.bytes_per_sample for r in mine)
@@ -151,17 +154,24 @@ def plot(options: argparse.Namespace) -> bool:
     return False
 
 
-def _means(records: Any) -> Any:
-    """Yield bytes and the difference from the uncompressed run, a row at a time."""
-    plain = {
-        (r.seed, r.table in ("image", "conv", "int8", "lowrank-image", "image-chains")): r.accuracy
-        for r in read_records()
-        if r.row == "none"
-    }
+def _means(
+    records: Sequence[Record], plain: Mapping[tuple[str, int], float]
+) -> Iterator[tuple[float, float]]:
+    """Yield bytes and the difference from the uncompressed run of the same kind and seed, a row at a time."""
     rows: dict[str, list[Record]] = {}
     for record in records:
         rows.setdefault(record.row, []).append(record)
     for group in rows.values():
-        is_image = group[0].table in ("image", "conv", "int8", "lowrank-image", "image-chains")
-        lost = [r.accuracy - plain.get((r.seed, is_image), math.nan) for r in group]
+        lost = [r.accuracy - plain.get((_baseline(r), r.seed), math.nan) for r in group]
         yield sum(r.bytes_per_sample for r in group) / len(group), sum(lost) / len(lost)
+
+
+def _baseline(record: Record) -> str:
+    """The table that holds the uncompressed run to compare with: its own, where it is one."""
+    return record.table if record.row == NONE.label else recorded_as(record.table, NONE)
+
+
+def _tables(kind: str) -> set[str]:
+    """The tables of a kind, those of their uncompressed runs included."""
+    names = {name for name, (of, _) in TABLES.items() if of == kind}
+    return names | {recorded_as(name, NONE) for name in names}

@@ -19,7 +19,7 @@ from common.partition import Split, preset_cuts, split
 from edge.compress import parse_compress
 from edge.flops_plot import plot_along
 
-__all__ = ["Along", "Crossed", "FlopsConfig", "FlopsReport", "count_flops", "flops_command"]
+__all__ = ["Along", "Crossed", "FlopsConfig", "FlopsReport", "columns", "count_flops", "flops_command"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,8 @@ class FlopsReport:
         ]
         blocks = [
             self.title,
-            _columns([("partition", "MACs", "", "share", "parameters"), *parts]),
-            _columns([("crosses", "shape", "type", "bytes", "made by"), *cuts]),
+            columns([("partition", "MACs", "", "share", "parameters"), *parts]),
+            columns([("crosses", "shape", "type", "bytes", "made by"), *cuts]),
             f"{self.rate:.3f} of the bytes without a bottleneck; codecs come on top of that",
         ]
         if self.final_width:
@@ -266,7 +266,7 @@ def _crossed(parts: Split, batch: int) -> tuple[Crossed, ...]:
     )
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+def columns(rows: Sequence[tuple[str, ...]]) -> str:
     """Lay rows out in columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
