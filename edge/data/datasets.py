@@ -10,16 +10,13 @@ import numpy as np
 
 from common.errors import UserError
 from edge.data.augment import IMAGENET, Augment, Normalise, measure_normalise
-from edge.data.draws import balanced_subset, draw
+from edge.data.draws import FIXED_SEED, balanced_subset, draw
 from edge.data.folder import match_classes, open_folder
 from edge.data.source import ImageSource, MemorySource, Subset
 
 DEFAULT_ROOT = Path("~/.cache/isthmus")
 """Where downloaded sets are kept."""
 
-_FIXED_SEED = (
-    20  # of what must not vary from run to run: the digits' split, and which test images a limit keeps
-)
 _DIGITS = tuple("0123456789")
 
 
@@ -93,7 +90,7 @@ def open_dataset(
         name=name,
         classes=dataset.classes,
         train=_limit(dataset.train, train_limit, seed),
-        test=_limit(dataset.test, test_limit, _FIXED_SEED),
+        test=_limit(dataset.test, test_limit, FIXED_SEED),
         normalise=dataset.normalise,
         augment=dataset.augment,
     )
@@ -111,7 +108,7 @@ def _open_digits() -> Dataset:
     loaded = load_digits()
     images = np.round(loaded.images * (255 / 16)).astype(np.uint8)
     labels = loaded.target.astype(np.int64)
-    order = np.argsort(draw(np.arange(len(labels)), _FIXED_SEED, "digits"), kind="stable")
+    order = np.argsort(draw(np.arange(len(labels)), FIXED_SEED, "digits"), kind="stable")
     train, test = np.split(order, [len(order) * 4 // 5])
     return _in_memory(
         "digits",

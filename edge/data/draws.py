@@ -16,6 +16,9 @@ from common.seeding import derive_seed
 Bits: TypeAlias = NDArray[np.uint64]
 Ids: TypeAlias = NDArray[np.int64]
 
+FIXED_SEED = 20
+"""Of what must not vary from run to run: the digits' split, and which test samples a limit keeps."""
+
 
 def draw(ids: Ids, *path: int | str) -> Bits:
     """Draw 64 random bits for every sample.

@@ -238,7 +238,7 @@ def train_batches(
         if augment is not None:
             images = vary(images, plan.ids, augment, seed, plan.epoch)
         pixels = to_tensor(images, image_size, normalise, channels_last=channels_last)
-        return _batch(source, plan, pixels)
+        return batch_of(source.labels, plan, (pixels,))
 
     if ahead is None:
         ahead = 1 if batch_size * 3 * image_size**2 * 4 > _LARGE_BATCH else 2
@@ -268,15 +268,17 @@ def eval_batches(
 
     def prepare(plan: Plan) -> Batch:
         images = source.fetch(plan.ids, image_size)
-        return _batch(source, plan, to_tensor(images, image_size, normalise, channels_last=channels_last))
+        pixels = to_tensor(images, image_size, normalise, channels_last=channels_last)
+        return batch_of(source.labels, plan, (pixels,))
 
     return Batches(in_order(len(source), batch_size), prepare, ahead=ahead, threads=threads)
 
 
-def _batch(source: ImageSource, plan: Plan, pixels: Tensor) -> Batch:
+def batch_of(labels: NDArray[np.int64], plan: Plan, inputs: tuple[Tensor, ...]) -> Batch:
+    """Put together what was read of a batch; `labels` are those of the whole source."""
     return Batch(
-        inputs=(pixels,),
-        labels=torch.from_numpy(source.labels[plan.ids]),
+        inputs=inputs,
+        labels=torch.from_numpy(labels[plan.ids]),
         sample_ids=torch.from_numpy(plan.ids),
         epoch=plan.epoch,
         number=plan.number,

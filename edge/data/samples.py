@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edge.data.augment import to_tensor
 from edge.data.datasets import Dataset
-from edge.data.loader import Batch, Batches, Plan, eval_batches, in_order, shuffled, train_batches
+from edge.data.loader import Batch, Batches, Plan, batch_of, eval_batches, in_order, shuffled, train_batches
 from edge.data.text import TextDataset, TextSource, Tokens
 
 __all__ = ["ImageSamples", "Samples", "TextSamples"]
@@ -159,12 +159,6 @@ class TextSamples:
 
     def _reader(self, source: TextSource) -> Callable[[Plan], Batch]:
         def read(plan: Plan) -> Batch:
-            return Batch(
-                inputs=self._tokens.read(source, plan.ids),
-                labels=torch.from_numpy(source.labels[plan.ids]),
-                sample_ids=torch.from_numpy(plan.ids),
-                epoch=plan.epoch,
-                number=plan.number,
-            )
+            return batch_of(source.labels, plan, self._tokens.read(source, plan.ids))
 
         return read

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.propagate import TensorInfo
 from common.text_models import tokenizer_of
-from edge.data.draws import balanced_subset
+from edge.data.draws import FIXED_SEED, balanced_subset
 
 Sentence: TypeAlias = str | tuple[str, str]
 """One text, or two that belong together, such as a question and its answer."""
@@ -96,7 +96,7 @@ def open_text(name: str, *, seed: int, train_limit: int | None, test_limit: int 
         name=name,
         classes=dataset.classes,
         train=dataset.train.limited(train_limit, seed),
-        test=dataset.test.limited(test_limit, 20),
+        test=dataset.test.limited(test_limit, FIXED_SEED),
     )
 
 
