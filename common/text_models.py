@@ -8,8 +8,7 @@ read from safetensors only.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +37,8 @@ def is_folder(name: str) -> bool:
     """Tell a folder on this machine from a name on the hub."""
     try:
         return Path(source(name)).expanduser().is_dir()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ):  # too long, another's home, a null byte: a peer may send anything
+    except (OSError, RuntimeError, ValueError):
+        # Too long, another's home, a null byte: a peer may send anything.
         return False
 
 
@@ -128,7 +124,7 @@ def build_text_model(
         raise UserError(f"the configuration of {name} makes no model: {_line(error)}") from error
     if parameters > MOST_PARAMETERS:
         raise UserError(f"{name} has {parameters:,} parameters; {MOST_PARAMETERS:,} are allowed")
-    with seeded(seed, torch.device("cpu")), torch.device("cpu"), _float32():
+    with seeded(seed, torch.device("cpu")), torch.device("cpu"):
         model = _pretrained(library, name, parsed, offline) if pretrained else _random(library, name, parsed)
     assert isinstance(model, nn.Module)
     return model.train()
@@ -163,16 +159,6 @@ def _pretrained(library: Any, name: str, config: Any, offline: bool) -> Any:
     return model
 
 
-@contextmanager
-def _float32() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _where(name: str) -> str:
     return os.fspath(Path(source(name)).expanduser()) if is_folder(name) else source(name)
 
@@ -192,8 +178,7 @@ def tokenizer_of(name: str) -> Any:
     except Exception as error:
         # The same of half a dozen kinds of files.
         raise UserError(f"{name} comes without a tokenizer that can be used: {_line(error)}") from error
-    if len(tokenizer) <= len(
-        tokenizer.all_special_tokens
-    ):  # where the files are missing, one that knows no word
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Where the files are missing, there is one that knows no word.
         raise UserError(f"{name} comes without a tokenizer: its folder needs tokenizer.json or a vocabulary")
     return tokenizer
