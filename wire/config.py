@@ -9,7 +9,7 @@ from wire.frames import Limits
 
 __all__ = ["DEFAULT_LIMITS", "PROTOCOL_VERSIONS", "WireConfig"]
 
-PROTOCOL_VERSIONS = (1,)
+PROTOCOL_VERSIONS = (2,)
 """Protocol versions that this program speaks, the preferred one first."""
 
 

@@ -17,18 +17,24 @@ __all__ = [
     "Count",
     "Desc",
     "Descs",
+    "Digest",
     "Flag",
     "HeaderLimit",
     "Name",
     "Names",
     "Nanoseconds",
+    "Nonce",
+    "OptionalDigest",
     "OptionalNumber",
+    "OptionalStep",
     "Plain",
     "Rule",
     "Seconds",
     "Sentence",
+    "SessionId",
     "Size",
     "Step",
+    "Steps",
     "Versions",
     "fits",
     "payload_size",
@@ -64,6 +70,14 @@ def _real(low: float, high: float) -> Rule:
 
 def _text(longest: int) -> Rule:
     return Rule(lambda v: type(v) is str and len(v) <= longest, f"a string of at most {longest} characters")
+
+
+def _bytes(size: int) -> Rule:
+    return Rule(lambda v: type(v) is bytes and len(v) == size, f"{size} bytes")
+
+
+def _or_nil(rule: Rule) -> Rule:
+    return Rule(lambda v: v is None or rule.accepts(v), f"{rule.wanted}, or nil")
 
 
 def _list_of(accepts: Callable[[Any], bool], item: str, longest: int) -> Rule:
@@ -137,6 +151,12 @@ def _leaf_sizes(descs: Sequence[Desc]) -> list[int]:
 
 Desc = dict[str, Any]
 Step = Annotated[int, _integer(0)]
+OptionalStep = Annotated[int | None, _or_nil(_integer(0))]
+Steps = Annotated[Sequence[int], _list_of(_integer(0).accepts, "an integer from 0", 1024)]
+SessionId = Annotated[bytes, _bytes(16)]
+Nonce = Annotated[bytes, _bytes(32)]
+Digest = Annotated[bytes, _bytes(32)]
+OptionalDigest = Annotated[bytes | None, _or_nil(_bytes(32))]
 Count = Annotated[int, _integer(1, 2**31 - 1)]
 Size = Annotated[int, _integer(0)]
 HeaderLimit = Annotated[int, _integer(4096)]

@@ -48,19 +48,26 @@ class Phase(Enum):
 
     START = "start"
     GREETED = "greeted"
+    CHALLENGED = "challenged"
+    PROVED = "proved"
     WELCOMED = "welcomed"
     OPENING = "opening"
     RUNNING = "running"
     CLOSED = "closed"
 
 
-_UP = ("weights", "fetch", "begin", "forward", "backward", "commit", "abort")
-_DOWN = ("weights", "forward", "backward", "committed", "abort")
+_UP = ("weights", "fetch", "begin", "forward", "backward", "commit", "abort", "save")
+_DOWN = ("weights", "forward", "backward", "committed", "abort", "saved")
 
 TRANSITIONS: dict[Phase, dict[Role, dict[str, Phase]]] = {
     Phase.START: {Role.CLIENT: {"hello": Phase.GREETED}, Role.SERVER: {}},
-    Phase.GREETED: {Role.CLIENT: {}, Role.SERVER: {"welcome": Phase.WELCOMED}},
-    Phase.WELCOMED: {Role.CLIENT: {"open": Phase.OPENING}, Role.SERVER: {}},
+    Phase.GREETED: {
+        Role.CLIENT: {},
+        Role.SERVER: {"challenge": Phase.CHALLENGED, "welcome": Phase.WELCOMED},
+    },
+    Phase.CHALLENGED: {Role.CLIENT: {"proof": Phase.PROVED}, Role.SERVER: {}},
+    Phase.PROVED: {Role.CLIENT: {}, Role.SERVER: {"welcome": Phase.WELCOMED}},
+    Phase.WELCOMED: {Role.CLIENT: {"open": Phase.OPENING, "resume": Phase.OPENING}, Role.SERVER: {}},
     Phase.OPENING: {Role.CLIENT: {}, Role.SERVER: {"ready": Phase.RUNNING}},
     Phase.RUNNING: {
         Role.CLIENT: dict.fromkeys(_UP, Phase.RUNNING),
@@ -284,7 +291,8 @@ class Protocol:
             software=config.software,
             max_header=config.limits.max_header,
             max_payload=config.limits.max_payload,
-            session=secrets.token_hex(8),
+            nonce=secrets.token_bytes(32),
+            mac=None,
             heartbeat_s=float(config.heartbeat_s),
             device=config.device,
         )

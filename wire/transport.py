@@ -66,11 +66,6 @@ class Connection(asyncio.BufferedProtocol):
         return self._channel.protocol.welcome
 
     @property
-    def session(self) -> str:
-        """The name that the server gave this connection."""
-        return self.welcome.session if self.welcome else ""
-
-    @property
     def sent_bytes(self) -> int:
         """Bytes handed to the kernel, headers and heartbeats included."""
         return self._channel.sent_bytes
