@@ -40,8 +40,9 @@ from wire.messages import (
     Ready,
     Weights,
 )
-from wire.streams import Encodings, WeightsReceiver, chunk_message, weights_messages
+from wire.streams import Encodings, chunk_message
 from wire.transport import Connection
+from wire.weights import WeightsReceiver, weights_messages
 
 MAX_EVALUATION_CHUNKS = 1 << 24
 

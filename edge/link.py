@@ -26,8 +26,8 @@ from wire.messages import (
     Ready,
     Weights,
 )
-from wire.streams import WeightsReceiver, weights_messages
 from wire.transport import Connection, SendReceipt, connect
+from wire.weights import WeightsReceiver, weights_messages
 
 T = TypeVar("T")
 OnTensors = Callable[[Forward | Backward], None]
