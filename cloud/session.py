@@ -252,4 +252,5 @@ def _nothing() -> None:
 
 
 def _copy_of(state: Callable[[], State]) -> State:
-    return detached(state())
+    copy: State = detached(state())
+    return copy

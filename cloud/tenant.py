@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cloud.session import Session
-from common.checkpoints import CheckpointFolder, check_same
+from common.checkpoints import CheckpointFolder
+from common.differences import check_same
 from common.errors import IsthmusError, UserError
 from common.lanes import COMPUTE
 from common.spec import JobSpec
@@ -121,7 +122,7 @@ class Tenant:
         assert self.session is not None
         assert self.checkpoints is not None
         state, about = await asyncio.to_thread(self.checkpoints.read, step)
-        check_same(self._about(), about)
+        check_same(self._about(), about, "the server's checkpoint")
         await self.session.restore(step, state)
 
     def save(self, *, keep: int | None = None) -> "asyncio.Task[None]":

@@ -12,7 +12,7 @@ class Feed:
 
     Args:
         job: what was prepared.
-        channels_last: the layout of images in memory.
+        channels_last: the layout of images in memory; an attribute, too.
     """
 
     def __init__(self, job: Job, *, channels_last: bool) -> None:
@@ -20,7 +20,7 @@ class Feed:
         self._config: TrainConfig = job.config
         self._per_epoch = job.steps_per_epoch
         self._epochs = -(-job.total_steps // self._per_epoch)
-        self._channels_last = channels_last
+        self.channels_last = channels_last
         self._batches: Batches | None = None
         self._step = 0
         self._fetching: asyncio.Future[Batch | None] | None = None
@@ -36,7 +36,7 @@ class Feed:
             self._batches = self._samples.train(
                 batch_size=self._config.batch_size,
                 epochs=self._epochs,
-                channels_last=self._channels_last,
+                channels_last=self.channels_last,
                 start=divmod(step - 1, self._per_epoch),
             )
             self._fetch()

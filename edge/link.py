@@ -38,7 +38,6 @@ from wire.weights import WeightsReceiver, weights_messages
 T = TypeVar("T")
 OnTensors = Callable[[Forward | Backward], None]
 OnCommitted = Callable[[Committed], None]
-OnSaved = Callable[[Saved], None]
 
 
 class Link:
@@ -51,10 +50,10 @@ class Link:
         self._tasks = tasks
         self.on_tensors: OnTensors | None = None
         self.on_committed: OnCommitted | None = None
-        self.on_saved: OnSaved | None = None
         self._committing: asyncio.Future[None] | None = None
         self._committing_step = self._aborted_step = -1
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._saving: dict[int, asyncio.Future[Saved]] = {}
         self._fetching: WeightsReceiver | None = None
         self._fetched: asyncio.Future[dict[str, Tensor]] | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -75,7 +74,7 @@ class Link:
             PeerError: the server refuses; its message says why.
         """
         await self.send(Open(session=key.session, secret=key.secret, spec=spec.to_map()))
-        return await self._answered(self._ready)
+        return await self.answered(self._ready)
 
     async def resume(self, key: SessionKey, outcome: Outcome | None, saved: Sequence[int]) -> Ready:
         """Ask for a job that the server had before.
@@ -101,7 +100,7 @@ class Link:
                 saved=saved,
             )
         )
-        return await self._answered(self._ready)
+        return await self.answered(self._ready)
 
     async def send_weights(self, state: Mapping[str, Tensor]) -> None:
         """Send the middle's weights, which the server cannot make."""
@@ -135,12 +134,19 @@ class Link:
     async def confirmed(self) -> None:
         """Wait until the server has applied the last committed step, if any."""
         if self._committing is not None:
-            await self._answered(self._committing)
+            await self.answered(self._committing)
             self._committing = None
 
-    async def save(self, step: int, keep: int) -> None:
-        """Ask for a checkpoint; `on_saved` is told what came of it."""
+    async def save(self, step: int, keep: int) -> asyncio.Future[Saved]:
+        """Ask for a checkpoint of the last step; return what will hold the answer.
+
+        Args:
+            step: the last one concluded.
+            keep: a step whose checkpoint the server never removes, nor any later one.
+        """
+        answer = self._saving[step] = asyncio.get_running_loop().create_future()
         await self.send(Save(step=step, keep=keep))
+        return answer
 
     async def fetch_middle(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fetch the middle's state; `like` has its names, dtypes and shapes."""
@@ -148,9 +154,9 @@ class Link:
         self._fetching = WeightsReceiver(like)
         self._fetched = asyncio.get_running_loop().create_future()
         await self.send(Fetch(what="weights"))
-        return await self._answered(self._fetched)
+        return await self.answered(self._fetched)
 
-    async def _answered(self, answer: asyncio.Future[T]) -> T:
+    async def answered(self, answer: asyncio.Future[T]) -> T:
         """Wait for an answer of the server's, or for the end of the link.
 
         A task group that fails cancels its task, but a task that is just leaving another group does not notice:
@@ -191,8 +197,8 @@ class Link:
                     self.on_committed(message)
                 if not self._committing.done():
                     self._committing.set_result(None)
-            case Saved() if self.on_saved is not None:
-                self.on_saved(message)
+            case Saved() if message.step in self._saving:
+                self._saving.pop(message.step).set_result(message)
             case Ready() if not self._ready.done():
                 self._ready.set_result(message)
             case Weights() if self._fetching is not None and self._fetched is not None:

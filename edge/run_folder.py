@@ -73,18 +73,16 @@ class RunFolder:
         """The newest step known to be saved on both sides; 0 before the first."""
         return max(self._here & self._there, default=0)
 
-    def start(self, config: TrainConfig, key: SessionKey) -> None:
-        """Begin a new run.
+    def check_unused(self) -> None:
+        """See that a new run may begin here.
 
         Raises:
-            UserError: the folder holds another run.
-            CheckpointFailed: it cannot be written.
+            UserError: the folder holds another.
         """
         if self._here or (self.path / _SETTINGS).exists():
             raise UserError(
                 f"{self.path} holds a run already; go on with it by --resume {self.path}, or name another folder"
             )
-        self.write_settings(config, key)
 
     def write_settings(self, config: TrainConfig, key: SessionKey) -> None:
         """Write down what resuming takes, for the owner's eyes alone.
