@@ -1,8 +1,7 @@
 """A whole run on the edge: connect, train, evaluate, save; taken up again as often as the link is lost."""
 
 import asyncio
-import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -12,22 +11,22 @@ from common.errors import TrainingStopped, UserError
 from common.lanes import COMPUTE, Lanes
 from common.runtime import default_threads
 from common.trace import Tracer
-from edge.config import TrainConfig, parse_address
+from edge.config import TrainConfig
 from edge.context import Context, build_context
 from edge.evaluation import evaluate
 from edge.feed import Feed
 from edge.job import Job, describe, prepare
-from edge.link import Link, open_link
+from edge.link import Link
 from edge.outcome import Outcome
 from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
-from edge.reconnect import Patience, may_pass
 from edge.records import Records
 from edge.result import TrainResult, fetch_state, save_state, write_trace
 from edge.run_folder import RunFolder, SessionKey
 from edge.saves import Saves
+from edge.supervisor import Supervisor
 from edge.tuner import Tuner, measured_model
-from wire.errors import ConnectionLost, PeerError, RemoteProtocolError, WireError
+from wire.errors import ConnectionLost, PeerError, RemoteProtocolError
 from wire.messages import Ready
 from wire.transport import run
 
@@ -55,14 +54,13 @@ class Trainer:
         self._keep_state = keep_state
         self._tracer = Tracer("edge", enabled=config.trace is not None)
         self._records = Records(config, progress, self._tracer)
-        self._patience = Patience(config.give_up_after)
-        self._stopping = asyncio.Event()
+        self._supervisor = Supervisor(
+            config, progress, self._tracer, lost=self._lost, where=lambda: self._where
+        )
         self._key = resumed
         self._remembers = resumed is None  # what training has come to, and not only what was saved of it
         self._evaluated = 0
-        self._was_connected = self.training = False
-        self._lost_s: float | None = None
-        self._link: Link | None = None
+        self.training = False
         self._job: Job | None = None
         self._context: Context | None = None
         self._saves: Saves | None = None
@@ -74,7 +72,7 @@ class Trainer:
 
     def stop(self) -> None:
         """Ask the run to end after the step under way."""
-        self._stopping.set()
+        self._supervisor.stop()
 
     @property
     def steps(self) -> int:
@@ -106,15 +104,7 @@ class Trainer:
             resources.callback(self._progress.finish)
             self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
             resources.callback(lanes.close)
-            while True:
-                try:
-                    async with open_link(*parse_address(config.server), self._tracer) as link:
-                        await self._take_up(link, resources)
-                        stopped = await self._train_until_stopped()
-                        state = await self._collect(link)
-                    break
-                except WireError as error:
-                    await self._survive(error)
+            stopped, state = await self._supervisor.run(lambda link: self._use(link, resources))
             summary = self._records.summary()
             if config.trace is not None:
                 write_trace(self._tracer, config.trace)
@@ -131,11 +121,16 @@ class Trainer:
             state=state,
         )
 
+    async def _use(
+        self, link: Link, resources: ExitStack
+    ) -> tuple[TrainingStopped | UserError | None, dict[str, Tensor]]:
+        await self._take_up(link, resources)
+        return await self._train_until_stopped(link), await self._collect(link)
+
     # Where a connection begins and ends.
 
     async def _take_up(self, link: Link, resources: ExitStack) -> None:
         """Ask for the job, or for the session of before, and go to the step that both sides go on from."""
-        self._link, self._was_connected = link, True
         self._records.connected(link)
         if self._job is None:
             self._job = await self._lanes.run(COMPUTE, "prepare", prepare, self._config)
@@ -153,10 +148,7 @@ class Trainer:
         self._context.link = link
         if ready.step != self.steps or not self._remembers:
             await self._go_back(job, self._context, ready.step)
-        if self._lost_s is not None:
-            lasted = time.monotonic() - self._lost_s
-            self._progress.note(f"the link is back after {lasted:.1f} s; going on after step {self.steps}")
-            self._lost_s = None
+        self._supervisor.taken_up()
 
     async def _ask_for(self, job: Job, link: Link) -> Ready:
         if self._key is None:
@@ -205,13 +197,8 @@ class Trainer:
         self._progress.note(f"going {'back' if self._remembers else 'on'} to step {step}, {what}")
         self._remembers = True
 
-    async def _survive(self, error: WireError) -> None:
-        """Come to rest after a lost connection, and wait before the next.
-
-        Raises:
-            WireError: there will be none.
-        """
-        link, self._link = self._link, None
+    async def _lost(self, link: Link | None) -> None:
+        """Come to rest between steps, after a connection has gone."""
         if link is not None:
             self._records.disconnected(link)
         if self._context is not None:
@@ -219,60 +206,40 @@ class Trainer:
             self._report()
         if self._saves is not None:
             self._saves.lost()
-        wait_s = self._patience.failed(error) if self._was_connected and may_pass(error) else None
-        if wait_s is None or self._stopping.is_set():
-            raise self._final(error) from error
-        if self._lost_s is None:
-            self._lost_s = time.monotonic()
-            self._progress.note(f"the link was lost {self._when}: {error}; trying again")
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), wait_s)
-            raise self._final(error)
-
-    def _final(self, error: WireError) -> WireError:
-        """Say what a failure comes to that ends the run."""
-        if not self._was_connected or not may_pass(error):
-            return error
-        hint = "" if self._folder is None else f"; go on by edge-client --resume {self._folder.path}"
-        lost = "the link was down" if self._lost_s is not None else str(error)
-        reason = f"{lost}: {error}" if lost != str(error) else lost
-        return ConnectionLost(f"the link to {self._config.server} was lost {self._when}: {reason}{hint}")
 
     # What a connection is for.
 
-    async def _train_until_stopped(self) -> TrainingStopped | UserError | None:
+    async def _train_until_stopped(self, link: Link) -> TrainingStopped | UserError | None:
         """Train; returns what ended it early: a loss that is not finite, or a sample that cannot be read."""
         try:
-            await self._train()
+            await self._train(link)
         except (TrainingStopped, UserError) as stopped:
             return stopped
         return None
 
-    async def _train(self) -> None:
+    async def _train(self, link: Link) -> None:
         assert self._context is not None
-        assert self._link is not None
-        context, link = self._context, self._link
+        context = self._context
         while True:
             outcome = context.outcome
             if outcome.reason:
                 raise TrainingStopped(outcome.reason)
-            last = outcome.step == self.total_steps or self._stopping.is_set()
+            last = outcome.step == self.total_steps or self._supervisor.stopping
             if self._saves is not None and self._saves.wants(outcome.step, last=last):
                 await self._saves.save(context, link)
-            if self._is_evaluation_due(outcome.step) and not self._stopping.is_set():
+            if self._is_evaluation_due(outcome.step) and not self._supervisor.stopping:
                 await self._evaluate(outcome.step)
             elif last:
                 break
             else:
-                await self._one_step(outcome.step + 1)
+                await self._one_step(link, outcome.step + 1)
         await self._feed.close()
 
-    async def _one_step(self, step: int) -> None:
-        assert self._link is not None
+    async def _one_step(self, link: Link, step: int) -> None:
         self._records.begin(step)
         self._batch = await self._feed.batch(step)
         self.training = True
-        busy, link = self._records.busy, self._link
+        busy = self._records.busy
         busy.begin(self._lanes, link)
         await self._pipeline.train(
             step,
@@ -291,27 +258,26 @@ class Trainer:
         assert self._context is not None
         if self._context.outcome.step > self._records.reported:
             self._records.concluded(self._context.outcome, self._batch)
-            self._patience.progressed()
+            self._supervisor.progressed()
             if self._job is not None:
                 self._job.parts.middle.free()  # the server has its weights: it has made a step with them
 
     async def _tune(self, link: Link) -> None:
         """Choose how to order a step, once enough has been seen."""
-        tuner = self._tuner
-        tuner.stepped()
+        self._tuner.stepped()
         edge, sizes = self._lanes.take_means(), link.sent.take_sizes()
-        if tuner.wants_measurements:
+        if self._tuner.wants_measurements:
             await link.confirmed()
+            rates = {"up_bit_s": link.sent.rate_bit_s, "rtt_s": link.connection.rtt_s or 0.0}
             model = measured_model(
                 chunks=self._config.chunks,
                 edge=edge,
                 cloud=self._records.busy.cloud_detail,
                 sizes=sizes,
-                up_bit_s=link.sent.rate_bit_s,
-                rtt_s=link.connection.rtt_s or 0.0,
                 shared_cores=link.is_local,
+                **rates,
             )
-            plan = await asyncio.to_thread(tuner.choose, model)
+            plan = await asyncio.to_thread(self._tuner.choose, model)
             link.connection.lead(plan.lead)
 
     def _is_evaluation_due(self, step: int) -> bool:
@@ -329,12 +295,12 @@ class Trainer:
             step,
             channels_last=self._feed.channels_last,
             progress=self._progress,
-            stopping=self._stopping.is_set,
+            stopping=lambda: self._supervisor.stopping,
         )
         if score is not None:
             self._evaluated = step
             self._records.evaluated(step, score)
-            self._patience.progressed()
+            self._supervisor.progressed()
 
     async def _collect(self, link: Link) -> dict[str, Tensor]:
         """Bring the trained model together where it is wanted, and write it where it was asked for."""
@@ -362,7 +328,7 @@ class Trainer:
         return f"the weights of step {self.steps} are in {save}"
 
     @property
-    def _when(self) -> str:
+    def _where(self) -> str:
         return f"after step {self.steps} of {self.total_steps}" if self.training else "before the first step"
 
 

@@ -266,9 +266,7 @@ def test_full_disk_of_the_metrics_is_said_once_and_training_goes_on(address: str
 def test_server_killed_while_training_is_one_line(tmp_path: Path) -> None:
     with (
         serving("--import", "dropout_model") as (server, address),
-        running(
-            "edge-client", "--server", address, *TINY, *FOR_EVER, "--give-up-after", 0.5
-        ) as client,
+        running("edge-client", "--server", address, *TINY, *FOR_EVER, "--give-up-after", 0.5) as client,
     ):
         client.until(r"step 1/")
         server.signal(signal.SIGKILL)
