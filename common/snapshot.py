@@ -5,8 +5,8 @@
         plain     {"map": [["state", {"map": [[0, {"map": [["momentum_buffer", {"tensor": ..}]]}]]}],
                            ["lr", {"float": "inf"}]]}
 
-In the plain part every JSON object has one key more than values of its own need, a tag; so keys stay what they
-were, numbers or text, and what JSON has no word for is spelled.
+A JSON object of the plain part is never a map itself: its key says what it stands for. So a map's keys stay what
+they were, numbers or text, and what JSON has no word for is spelled.
 """
 
 from __future__ import annotations
