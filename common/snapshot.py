@@ -56,7 +56,7 @@ def unflatten(tensors: Mapping[str, Tensor], plain: Any) -> Any:
     """
     try:
         return _unflattened(tensors, plain)
-    except (KeyError, TypeError, RuntimeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise ValueError(f"the values and the tensors do not belong together: {error}") from error
 
 
