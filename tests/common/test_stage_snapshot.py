@@ -176,6 +176,28 @@ def test_a_snapshot_during_a_step_is_that_of_its_beginning(case, optim):
     assert_same(detached(stage.snapshot()), before)
 
 
+def test_a_layer_that_is_used_under_two_names_comes_back_as_one():
+    def shared():
+        norm = nn.BatchNorm2d(2)
+        module = nn.Sequential(nn.Conv2d(2, 2, 1), norm, nn.Conv2d(2, 2, 1), norm)
+        module.forward = lambda x: (nn.Sequential.forward(module, x),)
+        return Stage(made(lambda: module), "middle", seed=1, needs_grad=(True,), optim=SGD)
+
+    stage, back = shared(), shared()
+    for step in range(2):
+        before = everything(stage)
+        stage.begin_step()
+        stage.forward(step, 0, (torch.arange(16.0).view(2, 2, 2, 2),))
+        stage.backward(0, (torch.arange(16.0).view(2, 2, 2, 2).square(),))
+        kept = detached(stage.snapshot())
+        back.restore(kept)
+        assert_same(everything(back), before)
+        back.restore_pending(detached(stage.pending()))
+        for one in (stage, back):
+            one.commit()
+        assert_same(everything(back), everything(stage))
+
+
 def test_the_narrow_side_comes_back_in_the_checkpoint_s_width():
     widths = []
     narrow, wide = fresh("decay", SGD), fresh("decay", SGD)
