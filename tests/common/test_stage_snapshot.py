@@ -121,7 +121,7 @@ def test_training_goes_on_from_a_checkpoint_as_without_it(tmp_path, case, optim,
     assert_same(everything(back), everything(straight))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     case=st.sampled_from(list(CASES)),
     optim=st.sampled_from(list(OPTIMS.values())),
