@@ -66,8 +66,7 @@ class Supervisor:
             try:
                 async with open_link(*parse_address(self._config.server), self._tracer) as link:
                     self._was_connected = True
-                    result = await use(link)
-                return result
+                    return await use(link)
             except WireError as error:
                 await self._survive(error, link)
 

@@ -1,8 +1,6 @@
 """A whole run on the edge: connect, train, evaluate, save; taken up again as often as the link is lost."""
 
-import asyncio
 from contextlib import ExitStack
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from common.runtime import default_threads
 from common.trace import Tracer
 from edge.config import TrainConfig
 from edge.context import Context, build_context
-from edge.evaluation import evaluate
+from edge.evaluation import Evaluations
 from edge.feed import Feed
 from edge.job import Job, describe, prepare
 from edge.link import Link
@@ -21,11 +19,11 @@ from edge.outcome import Outcome
 from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
 from edge.records import Records
-from edge.result import TrainResult, fetch_state, save_state, write_trace
+from edge.result import TrainResult, fetch_state, kept, save_state, write_trace
 from edge.run_folder import RunFolder, SessionKey
-from edge.saves import Saves
+from edge.saves import Saves, about
 from edge.supervisor import Supervisor
-from edge.tuner import Tuner, measured_model
+from edge.tuner import Tuner
 from wire.errors import ConnectionLost, PeerError, RemoteProtocolError
 from wire.messages import Ready
 from wire.transport import run
@@ -59,13 +57,13 @@ class Trainer:
         )
         self._key = resumed
         self._remembers = resumed is None  # what training has come to, and not only what was saved of it
-        self._evaluated = 0
         self.training = False
         self._job: Job | None = None
         self._context: Context | None = None
         self._saves: Saves | None = None
         self._folder: RunFolder | None = None
         self._feed: Feed
+        self._evaluations: Evaluations
         self._lanes: Lanes
         self._pipeline: Pipeline
         self._tuner: Tuner
@@ -110,7 +108,7 @@ class Trainer:
                 write_trace(self._tracer, config.trace)
                 self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
-            raise TrainingStopped(f"{stopped}; {self._kept()}") from stopped
+            raise TrainingStopped(f"{stopped}; {kept(self._config, self.steps)}") from stopped
         return TrainResult(
             steps=self.steps,
             total_steps=self.total_steps,
@@ -172,9 +170,10 @@ class Trainer:
         self._pipeline = Pipeline(context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16")
         self._feed = Feed(job, channels_last=ready.memory_format == "channels_last")
         self._tuner = Tuner(config.chunks, config.depth)
+        self._evaluations = Evaluations(job, self._progress, lambda: self._supervisor.stopping)
         if self._folder is not None:
             self._folder.write_settings(config, self._key)
-            self._saves = Saves(self._folder, config.checkpoint_every, _about(job), self._progress.note)
+            self._saves = Saves(self._folder, config.checkpoint_every, about(job), self._progress.note)
         self._records.open(job, resources, append=not self._remembers)
         self._progress.note(describe(job, ready))
         self._progress.start(
@@ -187,12 +186,12 @@ class Trainer:
         """Go on from a checkpoint, as the server does."""
         if self._folder is None:
             raise RemoteProtocolError(f"the server goes on after step {step}; here it is step {self.steps}")
-        state, about = await self._folder.read(step)
-        check_same(_about(job), about, f"the checkpoint in {self._folder.path}")
+        state, its = await self._folder.read(step)
+        check_same(about(job), its, f"the checkpoint in {self._folder.path}")
         await context.restore(step, state)
         await self._folder.went_back(step)
         self._records.went_back(step)
-        self._evaluated = 0
+        self._evaluations.went_back()
         what = "the newest checkpoint that both sides have"
         self._progress.note(f"going {'back' if self._remembers else 'on'} to step {step}, {what}")
         self._remembers = True
@@ -227,7 +226,7 @@ class Trainer:
             last = outcome.step == self.total_steps or self._supervisor.stopping
             if self._saves is not None and self._saves.wants(outcome.step, last=last):
                 await self._saves.save(context, link)
-            if self._is_evaluation_due(outcome.step) and not self._supervisor.stopping:
+            if self._evaluations.is_due(outcome.step):
                 await self._evaluate(outcome.step)
             elif last:
                 break
@@ -249,7 +248,7 @@ class Trainer:
             depth=self._tuner.plan.depth,
             sample_ids=self._batch.sample_ids,
         )
-        await self._tune(link)
+        await self._tuner.tune(self._lanes, link, busy)
         self._report()
         busy.end(self._lanes, link)
 
@@ -262,43 +261,10 @@ class Trainer:
             if self._job is not None:
                 self._job.parts.middle.free()  # the server has its weights: it has made a step with them
 
-    async def _tune(self, link: Link) -> None:
-        """Choose how to order a step, once enough has been seen."""
-        self._tuner.stepped()
-        edge, sizes = self._lanes.take_means(), link.sent.take_sizes()
-        if self._tuner.wants_measurements:
-            await link.confirmed()
-            rates = {"up_bit_s": link.sent.rate_bit_s, "rtt_s": link.connection.rtt_s or 0.0}
-            model = measured_model(
-                chunks=self._config.chunks,
-                edge=edge,
-                cloud=self._records.busy.cloud_detail,
-                sizes=sizes,
-                shared_cores=link.is_local,
-                **rates,
-            )
-            plan = await asyncio.to_thread(self._tuner.choose, model)
-            link.connection.lead(plan.lead)
-
-    def _is_evaluation_due(self, step: int) -> bool:
-        assert self._job is not None
-        every = self._config.eval_every
-        every = self._job.steps_per_epoch if every is None else every
-        due = every and (step % every == 0 or step == self.total_steps)
-        return bool(due) and step > self._evaluated
-
     async def _evaluate(self, step: int) -> None:
-        assert self._job is not None
-        score = await evaluate(
-            self._pipeline,
-            self._job,
-            step,
-            channels_last=self._feed.channels_last,
-            progress=self._progress,
-            stopping=lambda: self._supervisor.stopping,
-        )
+        channels_last = self._feed.channels_last
+        score = await self._evaluations.run(self._pipeline, step, channels_last=channels_last)
         if score is not None:
-            self._evaluated = step
             self._records.evaluated(step, score)
             self._supervisor.progressed()
 
@@ -306,37 +272,20 @@ class Trainer:
         """Bring the trained model together where it is wanted, and write it where it was asked for."""
         assert self._job is not None
         assert self._context is not None
-        config, state = self._config, {}
         await link.confirmed()
         if self._saves is not None:
             await self._saves.settled(link)
         # An older file is worth more than an untrained model.
-        saves = config.save is not None and self.steps > 0
-        if self._keep_state or saves:
-            state = await fetch_state(self._job, self._context)
+        saves = self._config.save is not None and self.steps > 0
+        state = await fetch_state(self._job, self._context) if self._keep_state or saves else {}
         if saves:
-            await self._lanes.run(COMPUTE, "save", save_state, state, config, self.steps)
-            self._progress.note(f"the model is in {config.save}")
+            await self._lanes.run(COMPUTE, "save", save_state, state, self._config, self.steps)
+            self._progress.note(f"the model is in {self._config.save}")
         return state
-
-    def _kept(self) -> str:
-        if self.steps == 0:
-            return "no step had been made, so nothing was saved"
-        save = self._config.save
-        if save is None:
-            return "give --save to keep the last good weights"
-        return f"the weights of step {self.steps} are in {save}"
 
     @property
     def _where(self) -> str:
         return f"after step {self.steps} of {self.total_steps}" if self.training else "before the first step"
-
-
-def _about(job: Job) -> dict[str, Any]:
-    """What checkpoints of a run have to agree in."""
-    spec = job.spec.to_map()
-    del spec["trace"]  # changes no result
-    return {"part": "edge", "spec": spec}
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
