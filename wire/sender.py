@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from wire.errors import WireError
 from wire.loop import Stream
@@ -36,15 +37,17 @@ class Sender:
         self.pace = Pace(lambda: None)
         self._outbox = Outbox(lead=lead)
         self._stream: Stream
+        self._overhead: Callable[[], int]
         self._slices: deque[memoryview] | None = None  # where the stream is to be given slices: those left
         self._sending: SendReceipt | None = None  # what the stream has in part
         self._size = 0
         self._is_last = False
         self._written = 0
 
-    def attach(self, stream: Stream, *, splits: bool, delivery: Ask) -> None:
+    def attach(self, stream: Stream, *, splits: bool, delivery: Ask, overhead: Callable[[], int]) -> None:
         """Begin to send to a stream; see `Channel.attach`."""
         self._stream = stream
+        self._overhead = overhead
         self.pace = Pace(delivery)
         self._slices = deque() if splits else None
 
@@ -66,7 +69,7 @@ class Sender:
     @property
     def sent_bytes(self) -> int:
         """Bytes that the kernel took."""
-        return self._written - self._stream.get_write_buffer_size()
+        return self._written + self._overhead() - self._stream.get_write_buffer_size()
 
     def lead(self, chunks: int) -> None:
         """Change the lead, for what is pushed from now on."""
