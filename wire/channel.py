@@ -20,9 +20,8 @@ from wire.inbox import Inbox
 from wire.loop import Stream, Timer, Waiter, wake
 from wire.messages import Backward, Bye, Error, Forward, Message
 from wire.outbox import ENDLESS, SendReceipt
-from wire.pace import Ask
 from wire.protocol import Phase, Protocol, Role
-from wire.sender import Sender
+from wire.sender import Sender, Traits
 from wire.sockets import explain_loss
 from wire.watch import Watch
 
@@ -143,25 +142,19 @@ class Channel:
 
     # What happens to the stream.
 
-    def attach(
-        self,
-        stream: Stream,
-        *,
-        splits: bool,
-        delivery: Ask = lambda: None,
-        overhead: Callable[[], int] = lambda: 0,
-    ) -> None:
-        """Begin: the stream is connected.
+    def attach(self, stream: Stream, traits: Traits) -> None:
+        """Begin: the stream is connected; `greet` once it carries bytes.
 
         Args:
             stream: it has to call `pause_writing` as soon as it buffers anything.
-            splits: give it frames in pieces, because it copies what it cannot send at once.
-            delivery: what of it has arrived, where that is known.
-            overhead: bytes that the stream has sent beyond those it was given.
+            traits: what it is like.
         """
         self._stream = stream
-        self._sender.attach(stream, splits=splits, delivery=delivery, overhead=overhead)
+        self._sender.attach(stream, traits)
         self._after(self._config.handshake_s, self._handshake_expired)
+
+    def greet(self) -> None:
+        """Say hello, where this end is the one that begins."""
         self._send_replies()
 
     def received(self, nbytes: int) -> None:
@@ -172,9 +165,7 @@ class Channel:
             while (message := protocol.next_message()) is not None:
                 self.inbox.append(message)
                 if type(message) is Bye:
-                    self.end(ConnectionLost(f"the peer said bye: {message.reason}"))
-                    self._sender.drop(self.failure)
-                    self._finish()
+                    self.broken(ConnectionLost(f"the peer said bye: {message.reason}"))
         except WireError as error:
             self._break(error)
         if protocol.replies:
@@ -186,8 +177,12 @@ class Channel:
         self._inbox.arrived(self._stream)
 
     def received_eof(self) -> None:
-        """The peer sends nothing more; the stream closes when it has sent what it has."""
-        self.end(self.protocol.receive_eof())
+        """The peer sends nothing more."""
+        self.broken(self.protocol.receive_eof())
+
+    def broken(self, failure: WireError) -> None:
+        """Nothing more comes that is of use; the stream closes when it has sent what it has."""
+        self.end(failure)
         self._sender.drop(self.failure)
         self._finish()
 
@@ -250,8 +245,7 @@ class Channel:
         frame = self.protocol.fail(error)
         if frame:
             self._sender.write_last(frame)
-        self._sender.drop(self.failure)
-        self._finish()
+        self.broken(error)
 
     def _finish(self) -> None:
         """Close once everything queued is sent and the peer has closed as well."""

@@ -154,7 +154,8 @@ def test_values_are_encoded_as_exactly_these_bytes(golden: dict[str, Any]) -> No
 
 def test_proofs_are_those_of_the_token_and_of_the_session() -> None:
     challenge, proof, proved, welcome, opened, resume = (
-        message_of(GOLDEN[name]) for name in ("challenge", "proof", "welcome_proved", "welcome", "open", "resume")
+        message_of(GOLDEN[name])
+        for name in ("challenge", "proof", "welcome_proved", "welcome", "open", "resume")
     )
     assert isinstance(challenge, Challenge)
     assert isinstance(proof, Proof)

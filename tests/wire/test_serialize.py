@@ -460,9 +460,7 @@ MESSAGES = st.one_of(
     st.builds(Challenge, DIGEST),
     st.builds(Proof, DIGEST, DIGEST),
     st.builds(Open, SESSION, DIGEST, PLAIN_MAP),
-    st.builds(
-        Resume, SESSION, DIGEST, st.none() | STEP, st.booleans(), NUMBER, st.lists(STEP, max_size=5)
-    ),
+    st.builds(Resume, SESSION, DIGEST, st.none() | STEP, st.booleans(), NUMBER, st.lists(STEP, max_size=5)),
     st.builds(Ready, STEP, st.booleans(), st.booleans(), TEXT, TEXT, PLAIN_MAP),
     st.builds(Save, STEP, STEP),
     st.builds(Saved, STEP, TEXT),
