@@ -58,13 +58,17 @@ class ForeignProtocol(FrameError):
 
     Attributes:
         http: the bytes look like HTTP.
+        tls: they look like TLS.
     """
 
     def __init__(self, first_bytes: bytes) -> None:
         self.http = first_bytes in _HTTP_STARTS
+        self.tls = first_bytes[:2] in (b"\x16\x03", b"\x15\x03")  # its handshake, its alert
         super().__init__(
             "the peer speaks HTTP, not the Isthmus protocol"
             if self.http
+            else "the peer speaks TLS, and this end does not"
+            if self.tls
             else "the peer does not speak the Isthmus protocol"
         )
 

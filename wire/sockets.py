@@ -205,6 +205,8 @@ def explain_loss(error: OSError) -> str:
 
 def explain_refusal(error: WireError) -> str:
     """Say in one line why a connection that was made came to nothing before the welcome."""
+    if isinstance(error, ForeignProtocol) and error.tls:
+        return "that port speaks TLS; give --tls-fingerprint, --tls or --tls-ca"
     if isinstance(error, ForeignProtocol):
         speaks = "HTTP" if error.http else "something else"
         return f"that port speaks {speaks}, not the Isthmus protocol; check the port number"
