@@ -58,21 +58,39 @@ def of_server(pair: Pair = SELF_SIGNED, client_ca: Path | None = None) -> dict[s
     return {"tls": server_context(pair.cert, pair.key, client_ca)}
 
 
-@contextmanager
-def logged() -> Iterator[list[logging.LogRecord]]:
+class Log(logging.Handler):
     """What the wire logs."""
-    records: list[logging.LogRecord] = []
-    watch = logging.Handler()
-    watch.emit = records.append  # type: ignore[method-assign]
-    logger = logging.getLogger("isthmus.wire")
-    logger.addHandler(watch)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self._more = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+        self._more.set()
+
+    async def until(self, text: str) -> None:
+        """Wait for a line; no line has a traceback."""
+        while not any(text in record.getMessage() for record in self.records):
+            self._more.clear()
+            await self._more.wait()
+        assert not any(record.exc_info for record in self.records)
+        assert all("\n" not in record.getMessage() for record in self.records)
+
+
+@contextmanager
+def logged() -> Iterator[Log]:
+    """Listen to what the wire logs."""
+    log, logger = Log(), logging.getLogger("isthmus.wire")
+    logger.addHandler(log)
     before = logger.level
     logger.setLevel(logging.INFO)
     try:
-        yield records
+        yield log
     finally:
         logger.setLevel(before)
-        logger.removeHandler(watch)
+        logger.removeHandler(log)
 
 
 async def refused(port: int, **settings: Any) -> str:
@@ -87,14 +105,6 @@ async def refused(port: int, **settings: Any) -> str:
 async def tls_serving(on_connection: Any = idle, **settings: Any) -> AsyncIterator[Any]:
     async with serving(on_connection, **{**of_server(), **settings}) as server:
         yield server
-
-
-async def until_logged(records: list[logging.LogRecord], text: str) -> None:
-    """Wait for a line of the log, which has no traceback."""
-    while not any(text in record.getMessage() for record in records):
-        await asyncio.sleep(0.01)
-    assert not any(record.exc_info for record in records)
-    assert all("\n" not in record.getMessage() for record in records)
 
 
 # What is carried.
@@ -299,10 +309,10 @@ async def test_certificates_that_are_right_are_taken() -> None:
 
 @on_both_loops
 async def test_another_certificate_is_refused_before_anything_is_said() -> None:
-    with logged() as records:
+    with logged() as log:
         async with tls_serving(**of_server(SERVER)) as server:
             reason = await refused(server.port, **PINNED)
-            await until_logged(records, "without saying bye")
+            await log.until("without saying bye")
     assert f"another certificate, of fingerprint {spell_fingerprint(SERVER.fingerprint)}" in reason
     assert "somebody is in between" in reason
 
@@ -315,10 +325,10 @@ async def test_certificates_that_are_not_right_are_refused_in_plain_words() -> N
         (ELSEWHERE, VERIFIED, "is for another name"),
         (EXPIRED, VERIFIED, "has expired"),
     ):
-        with logged() as records:
+        with logged() as log:
             async with tls_serving(**of_server(pair)) as server:
                 assert says in await refused(server.port, **client)
-                await until_logged(records, f"no session with {server.host}:")
+                await log.until(f"no session with {server.host}:")
 
 
 @on_both_loops
@@ -328,26 +338,26 @@ async def test_server_that_wants_a_client_certificate_gets_a_right_one_or_none_o
         (PINNED["tls"], "give --tls-cert and --tls-key", "the client shows no certificate"),
         (strange, "--tls-client-ca signed", "the client's certificate cannot be verified"),
     ):
-        with logged() as records:
+        with logged() as log:
             async with tls_serving(**of_server(SELF_SIGNED, AUTHORITY.cert)) as server:
                 assert client_says in await refused(server.port, **{**PINNED, "tls": tls})
-                await until_logged(records, server_says)
+                await log.until(server_says)
 
 
 @on_both_loops
 async def test_client_without_tls_is_told_what_to_give() -> None:
-    with logged() as records:
+    with logged() as log:
         async with tls_serving() as server:
             assert "the server wants TLS; give --tls-fingerprint" in await refused(server.port)
-            await until_logged(records, "the client speaks no TLS")
+            await log.until("the client speaks no TLS")
 
 
 @on_both_loops
 async def test_server_without_tls_is_said_to_be_one() -> None:
-    with logged() as records:
+    with logged() as log:
         async with serving() as server:
             assert "leave out the --tls options" in await refused(server.port, **PINNED)
-            await until_logged(records, "the peer speaks TLS, and this end does not")
+            await log.until("the peer speaks TLS, and this end does not")
     async with raw_server(speak_http) as port:
         assert "that port speaks no TLS" in await refused(port, **PINNED)
 
@@ -357,35 +367,35 @@ async def test_older_tls_is_refused() -> None:
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
     old.maximum_version = ssl.TLSVersion.TLSv1_2
-    with logged() as records:
+    with logged() as log:
         async with tls_serving() as server:
             with pytest.raises(ssl.SSLError):
                 await asyncio.open_connection(server.host, server.port, ssl=old)
-            await until_logged(records, "the client speaks no TLS 1.3")
+            await log.until("the client speaks no TLS 1.3")
 
 
 @on_both_loops
 async def test_handshake_that_is_not_finished_is_given_up() -> None:
-    with logged() as records:
+    with logged() as log:
         async with tls_serving(handshake_s=0.1) as server, raw_peer(server) as peer:
             peer.writer.write(b"\x16\x03\x01\x02\x00\x01")  # the beginning of one
             with contextlib.suppress(ConnectionResetError):
                 assert await peer.reader.read() == b""
-            await until_logged(records, "within 0.1 s")
+            await log.until("within 0.1 s")
     async with raw_server(say_nothing) as port:
         assert "did not answer within 0.1 s" in await refused(port, handshake_s=0.1, **PINNED)
 
 
 @on_both_loops
 async def test_handshake_of_noise_is_no_traceback() -> None:
-    with logged() as records:
+    with logged() as log:
         async with tls_serving() as server:
             for seed in range(10):
                 async with raw_peer(server) as peer:
                     peer.writer.write(np.random.default_rng(seed).bytes(3000))
                     with contextlib.suppress(ConnectionResetError):
                         await peer.reader.read()
-            await until_logged(records, "no session with")
+            await log.until("no session with")
             connection = await open_job(server, **PINNED)
             await connection.close()
 
@@ -398,6 +408,7 @@ async def test_record_that_was_changed_on_the_way_ends_the_connection() -> None:
         async def back() -> None:
             while data := await onward[0].read(65_536):
                 writer.write(data)
+            writer.write_eof()
 
         answering = asyncio.create_task(back())
         while data := await reader.read(65_536):
@@ -446,7 +457,7 @@ async def test_address_that_guesses_is_refused_even_with_the_right_token() -> No
     async with serving(token=TOKEN) as server:
         for _ in range(5):
             assert "give the --token-file" in await refused(server.port, token=b"x" * 16)
-        with pytest.raises(ConnectFailed, match="too many wrong tokens .* try again in 30 s") as caught:
+        with pytest.raises(ConnectFailed, match=r"too many wrong tokens .* try again in 30 s") as caught:
             await connect(server.host, server.port, WireConfig(token=TOKEN))
         assert not caught.value.final
 
