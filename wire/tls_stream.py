@@ -74,6 +74,7 @@ class TlsStream:
         )
         self._buffer = memoryview(bytearray(_FIRST_BUFFER))
         self._paused = self._closing = self._eof = False
+        self._useless = False  # TLS has failed: what is given to it goes nowhere
 
     # What happens to the transport.
 
@@ -119,14 +120,18 @@ class TlsStream:
 
     def writelines(self, buffers: list[Any], /) -> None:
         """Encrypt and send."""
+        self.added_bytes -= sum(map(len, buffers))
+        if self._useless:
+            return
         try:
             for buffer in buffers:
                 unsent = memoryview(buffer)
-                self.added_bytes -= len(unsent)
                 while unsent:
                     unsent = unsent[self._tls.write(unsent) :]
         except ssl.SSLError as error:
-            self._channel.broken(explain_tls(error, client=self._is_client))
+            self._useless = True
+            failure = explain_tls(error, client=self._is_client)
+            self._call_soon(lambda: self._channel.broken(failure))  # not at once: the channel is busy
         self._flush()
 
     def write_eof(self) -> None:
@@ -224,6 +229,7 @@ class TlsStream:
         except ssl.SSLWantReadError:
             return count, self._eof, None
         except ssl.SSLError as error:
+            self._useless = True
             return count, True, explain_tls(error, client=self._is_client)
         return count, False, None
 
