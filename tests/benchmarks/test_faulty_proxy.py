@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import msgpack
 import pytest
@@ -76,14 +76,11 @@ def connected(proxy: FaultyProxy) -> Iterator[socket.socket]:
 def exchange(proxy: FaultyProxy, data: bytes) -> bytes:
     """Send data and end; everything that comes back, until the end or a reset."""
     back = bytearray()
-    with connected(proxy) as end:
-        try:
-            end.sendall(data)
-            end.shutdown(socket.SHUT_WR)
-            while got := end.recv(4096):
-                back += got
-        except OSError:
-            pass
+    with suppress(OSError), connected(proxy) as end:
+        end.sendall(data)
+        end.shutdown(socket.SHUT_WR)
+        while got := end.recv(4096):
+            back += got
     return bytes(back)
 
 
