@@ -3,7 +3,7 @@
     python -m benchmarks.faulty_proxy HOST:PORT [--seed S] [--faults N] [--mean-gap BYTES] [--timeout S]
                                       [--delay S] [--port P]
 
-prints the address it listens on and then, once it is ended by SIGINT or SIGTERM, how many faults of each kind it made. In
+prints the address it listens on and then, once SIGINT or SIGTERM ends it, how many faults of each kind it made. In
 a test it runs in a thread of its own::
 
     with FaultyProxy(address, RandomFaults(seed, 200, mean_gap=50_000)) as proxy:
