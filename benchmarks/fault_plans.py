@@ -21,8 +21,8 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgpack
@@ -198,11 +198,13 @@ class FrameCut:
         kind: of the message, such as ``commit``.
         after: bytes of its prelude and header that are still passed on; all of them where it has fewer.
         step: the message's step; None for any.
+        skip: so many such frames pass first.
     """
 
     kind: str
     after: int
     step: int | None = None
+    skip: int = 0
 
     def fits(self, header: dict[str, Any]) -> bool:
         """Whether this is the frame."""
@@ -218,34 +220,32 @@ class Seen(NamedTuple):
     size: int
 
 
-@dataclass
 class CutFrames(Plan):
     """Cuts inside given frames, by FIN; each is armed once the one before has been made.
 
-    With no cuts it only watches.
+    Args:
+        cuts: where; with none it only watches.
+        keep: kinds of frames that `seen` keeps; None for all.
 
     Attributes:
         cuts: those that are still to come.
-        seen: all frames that came by, also those that were cut.
-        keep: kinds of frames that `seen` keeps; None for all.
+        seen: frames that came by, also those that were cut.
     """
 
-    cuts: Sequence[FrameCut] = ()
-    keep: frozenset[str] | None = None
-    seen: list[Seen] = field(default_factory=list)
-    _walkers: dict[tuple[int, str], FrameWalker] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.cuts = list(self.cuts)
+    def __init__(self, cuts: Iterable[FrameCut] = (), *, keep: Iterable[str] | None = None) -> None:
+        self.cuts = deque(cuts)
+        self.seen: list[Seen] = []
+        self._keep = None if keep is None else frozenset(keep)
+        self._passed = 0
+        self._walkers: dict[tuple[int, str], FrameWalker] = {}
 
     def look(self, connection: int, direction: str, data: bytes) -> Iterator[bytes | Fault]:
         """Pass on whole heads and payloads, up to the cut."""
         for part, header in self._walker(connection, direction).feed(data):
             if header is not None:
                 self._note(header, len(part))
-                if self.cuts and self.cuts[0].fits(header):
-                    cut = self.cuts.pop(0)  # type: ignore[attr-defined]
-                    yield part[: cut.after]
+                if self._is_due(header):
+                    yield part[: self.cuts.popleft().after]
                     yield Fault("cut", "fin")
                     return
             yield part
@@ -268,8 +268,17 @@ class CutFrames(Plan):
 
     def _note(self, header: dict[str, Any], size: int) -> None:
         kind = header.get("kind", "")
-        if self.keep is None or kind in self.keep:
+        if self._keep is None or kind in self._keep:
             self.seen.append(Seen(time.monotonic(), kind, header.get("step"), size))
+
+    def _is_due(self, header: dict[str, Any]) -> bool:
+        if not self.cuts or not self.cuts[0].fits(header):
+            return False
+        self._passed += 1
+        if self._passed <= self.cuts[0].skip:
+            return False
+        self._passed = 0
+        return True
 
     def _walker(self, connection: int, direction: str) -> FrameWalker:
         return self._walkers.setdefault((connection, direction), FrameWalker())
