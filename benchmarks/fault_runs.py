@@ -1,6 +1,6 @@
 """Training under faults against a quiet run: the runs that `benchmarks.faults` makes many of, and tests a few.
 
-Processes are those of the tests, `tests.system.processes`: forked from one that has loaded torch, for half of all starts
+Processes are those of the tests, `tests.system.processes`: forked from one that has loaded torch, for many starts
 here are after a kill. Every run is compared with an undisturbed one of the same seed, tensor by tensor, bit by bit.
 """
 
