@@ -12,7 +12,8 @@ cost     time from a cut to the next finished step, at some round-trip times
 =======  ============================================================================================================
 
 Each run prints a line with its seed; ``--first-seed`` with ``--seeds 1`` makes it again. The exit status is 1 where
-one failed. What a table came to is written into docs/results.md, see `benchmarks.run_all`, unless ``--no-record`` is given.
+one failed. What a table came to is written into docs/results.md, as `benchmarks.run_all` writes it, unless
+``--no-record`` is given.
 """
 
 from __future__ import annotations
