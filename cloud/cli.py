@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import click
 
@@ -33,6 +34,25 @@ def _size(context: click.Context, option: click.Parameter, text: str) -> int:
     help="Disk that one client's delta may take, such as 500M.",
 )
 @click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep sessions here, so that clients can go on after this server was started again.",
+)
+@click.option(
+    "--park-after",
+    default=600.0,
+    type=click.FloatRange(1.0),
+    metavar="SECONDS",
+    help="A session leaves memory after so long without its client.",
+)
+@click.option(
+    "--forget-after",
+    default=7 * 24 * 3600.0,
+    type=click.FloatRange(1.0),
+    metavar="SECONDS",
+    help="Nothing is left of it after so long.",
+)
+@click.option(
     "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers models."
 )
 @click.option("--quiet", is_flag=True, help="Log warnings only.")
@@ -46,6 +66,9 @@ def cli(
     threads: int | None,
     max_sessions: int,
     disk_limit: int,
+    state_dir: Path | None,
+    park_after: float,
+    forget_after: float,
     modules: tuple[str, ...],
     quiet: bool,
     owned: bool,
@@ -78,6 +101,9 @@ def cli(
             threads=threads,
             max_sessions=max_sessions,
             disk_limit=disk_limit,
+            state_dir=state_dir,
+            park_after=park_after,
+            forget_after=forget_after,
         )
         run(serve_until_signal(config, owned=owned))
 

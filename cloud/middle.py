@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,10 +202,20 @@ class Middle:
         self.stage.commit(scale)
         self._scale.stepped()
 
-    def rollback(self) -> None:
-        """Undo the step."""
+    def drop(self) -> None:
+        """Undo the step, whose gradients were not finite."""
         self.stage.rollback()
         self._scale.overflowed()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return everything that training changes; later steps change it too, so copy it."""
+        return {"stage": self.stage.snapshot(), "scale": self._scale.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `snapshot` returned."""
+        self.stage.restore(state["stage"])
+        self._scale.load_state_dict(state["scale"])
+        self.needs_weights = False
 
 
 def _build(spec: JobSpec) -> Split:

@@ -2,18 +2,20 @@
 
 import asyncio
 import contextlib
+import fcntl
 import ipaddress
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from cloud.device import Device
-from cloud.session import Session
+from cloud.service import Limits, Service
 from common.errors import IsthmusError, UserError
 from common.runtime import default_threads
 from wire.config import WireConfig
@@ -32,8 +34,12 @@ class ServerConfig:
         port: port to listen on; 0 takes a free one.
         gpu: index of the GPU to compute on; None for the CPU.
         threads: torch's threads for computing; None for one a core.
-        max_sessions: clients served at once; more are refused.
+        max_sessions: clients' sessions in memory at once; more are refused.
         disk_limit: bytes of disk that one client's codecs may take.
+        state_dir: where sessions are kept, so that they outlive this process; None for nowhere.
+        park_after: seconds without a word from a client until its session leaves memory for `state_dir`.
+        forget_after: seconds until nothing is left of it.
+        drain_s: seconds that steps under way have to end when the server is told to.
     """
 
     host: str = "127.0.0.1"
@@ -42,39 +48,80 @@ class ServerConfig:
     threads: int | None = None
     max_sessions: int = 8
     disk_limit: int = 16 << 30
+    state_dir: Path | None = None
+    park_after: float = 600.0
+    forget_after: float = 7 * 24 * 3600.0
+    drain_s: float = 60.0
 
 
 @asynccontextmanager
 async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
-    """Serve while the block runs; the server's ``host`` and ``port`` say where. Sessions end with the block.
+    """Serve while the block runs; the server's ``host`` and ``port`` say where.
+
+    After the block, clients finish the step under way, and sessions are kept where there is a folder for them.
 
     Raises:
-        UserError: no such GPU, or an address that cannot be listened on.
+        UserError: no such GPU, an address that cannot be listened on, or a folder that cannot be used.
     """
     device = Device(config.gpu)
-    threads = config.threads or default_threads()
+    limits = Limits(
+        sessions=config.max_sessions,
+        disk_bytes=config.disk_limit,
+        park_s=config.park_after,
+        forget_s=config.forget_after,
+    )
+    with claimed(config.state_dir) as folder:
+        service = Service(device, config.threads or default_threads(), limits, folder)
 
-    async def on_connection(connection: Connection) -> None:
-        await _serve_one(connection, device, threads, config.disk_limit)
+        async def on_connection(connection: Connection) -> None:
+            await _serve_one(connection, service)
 
-    wire = WireConfig(device=device.name, max_connections=config.max_sessions, allocate=device.allocate)
+        wire = WireConfig(device=device.name, max_connections=4 * config.max_sessions, allocate=device.allocate)
+        try:
+            server = await serve(config.host, config.port, on_connection, wire)
+        except ConnectFailed as error:
+            raise UserError(f"cannot listen on {config.host}:{config.port}: {error.reason}") from error
+        sweeping = asyncio.create_task(service.sweep())
+        try:
+            yield server
+        finally:
+            sweeping.cancel()
+            server.stop_listening()
+            await service.drain(config.drain_s)
+            await server.close()
+
+
+@contextmanager
+def claimed(folder: Path | None) -> Iterator[Path | None]:
+    """Make a folder, if need be, and keep other servers out of it while the block runs.
+
+    Raises:
+        UserError: it cannot be made or written, or another server uses it.
+    """
+    if folder is None:
+        yield None
+        return
     try:
-        server = await serve(config.host, config.port, on_connection, wire)
-    except ConnectFailed as error:
-        raise UserError(f"cannot listen on {config.host}:{config.port}: {error.reason}") from error
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UserError(f"--state-dir {folder} cannot be used: {error.strerror or error}") from error
     try:
-        yield server
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError:
+        raise UserError(f"another cloud-server uses --state-dir {folder}; give each its own") from None
     finally:
-        await server.close()
+        os.close(lock)
 
 
-async def _serve_one(connection: Connection, device: Device, threads: int, disk_limit: int) -> None:
+async def _serve_one(connection: Connection, service: Service) -> None:
     logger.info("%s: connected", connection.peer)
     try:
-        await Session(connection, device, threads, disk_limit).run()
+        await service.attend(connection)
     except IsthmusError as error:
         logger.warning("%s: refused: %s", connection.peer, error)
-        await connection.fail("refused", str(error))
+        await connection.fail(getattr(error, "code", "refused"), str(error))
     except StorageFailed as error:
         logger.error("%s: %s", connection.peer, error)
         await connection.fail("refused", f"the server cannot go on: {error}")
@@ -112,7 +159,7 @@ async def serve_until_signal(config: ServerConfig, *, owned: bool = False) -> No
         sys.stdout.write(f"listening on {server.host}:{server.port}\n")
         sys.stdout.flush()
         await stop.wait()
-        logger.info("shutting down")
+        logger.info("shutting down: clients finish the step under way")
 
 
 def _when_input_ends(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:

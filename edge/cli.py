@@ -111,6 +111,14 @@ _TRAIN_OPTIONS = (
     _option("--train-limit", "Use only so many training images.", type=int),
     _option("--test-limit", "Use only so many test images.", type=int),
     _option("--eval-every", "Evaluate every so many steps; 0 for never.  [default: every epoch]", type=int),
+    _option("--give-up-after", "Seconds without a step until a lost link ends the run.", type=float),
+    _option(
+        "--checkpoint",
+        "Keep in this folder what --resume goes on from; the server keeps its part.",
+        type=click.Path(file_okay=False, path_type=Path),
+    ),
+    _option("--checkpoint-every", "Steps between checkpoints.", type=int),
+    _option("--keep-checkpoints", "How many stay.", type=int),
     _option("--save", "Write the trained model here (safetensors).", type=_FILE),
     _option("--metrics", "Write JSON lines here.", type=_FILE),
     _option("--trace", "Write a timeline of both sides here (Chrome trace format).", type=_FILE),
@@ -189,6 +197,12 @@ def _with(options: Sequence[Any]) -> Callable[[Any], Any]:
     subcommand_metavar="[COMMAND]",
 )
 @click.option("--server", metavar="HOST:PORT", help=f"The cloud server.  [default port: {DEFAULT_PORT}]")
+@click.option(
+    "--resume",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Go on with the run whose --checkpoint this folder is; all settings are in it.",
+)
 @_with(_TRAIN_OPTIONS)
 @click.pass_context
 def cli(context: click.Context, /, **options: Any) -> None:
@@ -207,6 +221,9 @@ def cli(context: click.Context, /, **options: Any) -> None:
                 f"{option} stands before {context.invoked_subcommand}; put the options of a command after its name",
                 context,
             )
+        return
+    if (resume := options.pop("resume")) is not None:
+        _resume(context, resume, options)
         return
     if options["server"] is None:
         raise click.UsageError(
@@ -288,6 +305,29 @@ def _train(options: dict[str, Any], *, own_server: bool = False) -> None:
 
         import_modules(modules)
         train_command(TrainConfig(**options), own_server=own_server, modules=modules, cpu=cpu)
+
+    run_command(work, debug=debug)
+
+
+def _resume(context: click.Context, folder: Path, options: dict[str, Any]) -> None:
+    """Go on with a run; only what was given on the command line counts beside its own settings."""
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    debug, modules = options["debug"], options["modules"]
+    for name in ("debug", "modules", "cpu"):
+        given.pop(name, None)
+
+    def work() -> None:
+        from common.imports import import_modules
+        from edge.command import train_command
+        from edge.run_folder import read_settings
+
+        import_modules(modules)
+        config, key = read_settings(folder, given)
+        train_command(config, own_server=False, modules=modules, cpu=True, resumed=key)
 
     run_command(work, debug=debug)
 

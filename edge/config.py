@@ -52,6 +52,10 @@ class TrainConfig:
         train_limit: use only so many training samples.
         test_limit: use only so many test samples.
         eval_every: evaluate every so many steps; None for the end of each epoch; 0 for never.
+        give_up_after: seconds without a step until a lost link ends the run.
+        checkpoint: folder that the run can go on from; both sides write checkpoints then.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many stay.
         save: where the trained model goes.
         metrics: where JSON lines go.
         trace: where the timeline goes.
@@ -91,6 +95,10 @@ class TrainConfig:
     train_limit: int | None = None
     test_limit: int | None = None
     eval_every: int | None = None
+    give_up_after: float = 3600.0
+    checkpoint: Path | None = None
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
     save: Path | None = None
     metrics: Path | None = None
     trace: Path | None = None
@@ -122,6 +130,9 @@ class TrainConfig:
             ("test-limit", self.test_limit, 1),
             ("eval-every", self.eval_every, 0),
             ("seed", self.seed, 0),
+            ("give-up-after", self.give_up_after, 0),
+            ("checkpoint-every", self.checkpoint_every, 1),
+            ("keep-checkpoints", self.keep_checkpoints, 1),
         ):
             if value is not None and value < low:
                 raise UserError(f"--{name} must be at least {low}, not {value}")

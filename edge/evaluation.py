@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from edge.context import Score
 from edge.data.loader import batch_count
 from edge.job import Job
+from edge.outcome import Score
 from edge.pipeline import Pipeline
 from edge.progress import Progress
 

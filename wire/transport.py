@@ -213,6 +213,10 @@ class Server:
         self.host = ""
         self.port = 0
 
+    def stop_listening(self) -> None:
+        """Take no new connections; those that there are go on."""
+        self._server.close()
+
     async def close(self, reason: str = "the server shuts down") -> None:
         """Stop accepting, say bye to everybody and wait until their coroutines have returned."""
         self._server.close()

@@ -36,7 +36,8 @@ from wire.messages import (
     Ready,
     Welcome,
 )
-from wire.streams import StreamEncoder, chunk_message, weights_messages
+from wire.streams import StreamEncoder, chunk_message
+from wire.weights import weights_messages
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from wire.codecs.spec import parse_chain
 from wire.frames import FrameReader
 from wire.messages import MESSAGE_TYPES, Message, Open
 from wire.serialize import decode, encode
-from wire.streams import Encodings, StreamDecoder, StreamEncoder, WeightsReceiver, facts_of
+from wire.streams import Encodings, StreamDecoder, StreamEncoder, facts_of
+from wire.weights import WeightsReceiver
 
 GOLDEN = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").iterdir())
