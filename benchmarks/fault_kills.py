@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.fault_plans import CutFrames
 from benchmarks.fault_runs import (
-    HEARTBEAT_S,
     IMPORTS,
+    NOTICES_SOON,
     PATIENCE_S,
     Job,
     Quiet,
@@ -21,6 +21,7 @@ from benchmarks.fault_runs import (
     problems_of,
 )
 from benchmarks.faulty_proxy import FaultyProxy
+from tests.system.processes import Ended
 
 VICTIMS = (("client",), ("server",), ("client", "server"))
 EARLY = 1 / 3
@@ -37,6 +38,10 @@ class KilledTraining:
         steps: in all.
         seed: of the training.
         folder: for everything that is written.
+
+    Attributes:
+        saved: the model, once training has ended.
+        resumed: how often the client went on from a checkpoint.
     """
 
     def __init__(self, job: Job, steps: int, seed: int, folder: Path) -> None:
@@ -46,7 +51,7 @@ class KilledTraining:
         self.client = Restartable("edge-client", folder)
         self.server = Restartable("cloud-server", folder)
         self._port = 0
-        self._starts = 0
+        self._starts = self.resumed = 0
         self._watch = CutFrames(keep={"commit"})
         self._proxy: FaultyProxy | None = None
 
@@ -74,7 +79,7 @@ class KilledTraining:
 
     def start_server(self) -> None:
         """Start it on the port and the folder that it had before."""
-        state = ("--state-dir", self._folder / "server", "--heartbeat", HEARTBEAT_S, "--max-sessions", 32)
+        state = ("--state-dir", self._folder / "server", "--max-sessions", 32, *NOTICES_SOON)
         command = self.server.start("--cpu", "--threads", 1, "--port", self._port, *state, *IMPORTS)
         self._port = int(command.until(r"^listening on \S+:(\d+)$")[1])
 
@@ -83,6 +88,7 @@ class KilledTraining:
         assert self._proxy is not None
         common = ("--server", self._proxy.address, "--give-up-after", 60, "--save", self.saved)
         if any(self._checkpoints.glob("step-*")):
+            self.resumed += 1
             self.client.start("--resume", self._checkpoints, *common, *IMPORTS)
             return
         # As a user would: nothing was lost yet, so begin again, in another folder.
@@ -94,13 +100,27 @@ class KilledTraining:
     def until(self, condition: Callable[[], bool]) -> bool:
         """Wait for something; False where the client ends, or the time is over, before."""
         deadline = time.monotonic() + PATIENCE_S
-        command = self.client.command
-        assert command is not None
         while not condition():
-            if not command.alive or time.monotonic() > deadline:
+            if self.ended() is not None or time.monotonic() > deadline:
                 return False
             time.sleep(0.005)
         return True
+
+    def ended(self) -> Ended | None:
+        """How the client ended; None while it runs.
+
+        One that could not connect at its start says so and ends, and its owner starts it again.
+        """
+        command = self.client.command
+        assert command is not None
+        if command.alive:
+            return None
+        ended = command.wait()
+        if ended.status == 0 or not ended.err.startswith("error: cannot connect"):
+            return ended
+        self.client.kill()
+        self.start_client()
+        return None
 
     def kill(self, victims: tuple[str, ...]) -> None:
         """Kill them, and start them again."""
@@ -138,12 +158,15 @@ def killed_run(job: Job, quiet: Quiet, *, steps: int, seed: int, kills: int) -> 
             victims = draw.choice(VICTIMS)
             training.kill(victims)
             made["both" if len(victims) == 2 else victims[0]] += 1
-        client, server = training.client.command, training.server.command
-        assert client is not None
-        assert server is not None
-        problems += problems_of(client.wait(PATIENCE_S), training.saved, quiet)
-        errors = [*training.client.errors, *training.server.errors, client.err, server.err]
+        training.until(lambda: False)
+        ended = training.ended()
+        problems += ["it hung"] if ended is None else problems_of(ended, training.saved, quiet)
+        training.client.kill()
+        training.server.kill()
+        errors = [*training.client.errors, *training.server.errors]
         problems += ["a traceback in the log"] if any("Traceback" in text for text in errors) else []
+        if made["client"] + made["both"] > 2 and not training.resumed:
+            problems.append("the client never went on from a checkpoint")
         if made.total() < kills and not problems:
             problems.append(f"{made.total()} of {kills} kills came before the end")
     return Trial(f"kills, {job.chain}", seed, dict(made), problems)

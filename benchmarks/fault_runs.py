@@ -27,6 +27,7 @@ if str(MODELS) not in sys.path:  # forked processes find models where this one d
 
 HEARTBEAT_S = 0.4
 TIMEOUT_S = 3 * HEARTBEAT_S
+NOTICES_SOON = ("--heartbeat", HEARTBEAT_S)
 PATIENCE_S = 600.0
 _COMMON = (
     *("--image-size", "16", "--batch-size", "8", "--chunks", "2", "--threads", "1", "--eval-every", "0"),
@@ -107,7 +108,7 @@ class Trial:
 @contextmanager
 def server_for_faults(*arguments: object) -> Iterator[tuple[Command, str]]:
     """A server whose clients may come back, and that notices soon when one is gone."""
-    with serving(*IMPORTS, "--max-sessions", 32, "--heartbeat", HEARTBEAT_S, *arguments) as started:
+    with serving(*IMPORTS, "--max-sessions", 32, *NOTICES_SOON, *arguments) as started:
         yield started
 
 
