@@ -65,7 +65,7 @@ class Turns:
 class Share:
     """One session's share: a context manager, for one thread at a time. Each ``with share:`` is a turn.
 
-    Entering waits for the turn; it costs about two microseconds where nobody else computes.
+    Entering waits for the turn; that costs about three microseconds where nobody else computes.
 
     Raises:
         ShareLeft: on entering, where the session has left or leaves meanwhile.

@@ -192,9 +192,11 @@ def test_a_device_that_fails_to_settle_does_not_keep_the_turn(started):
         with there:
             pass
 
-    with pytest.raises(RuntimeError, match="device is lost"), here:
-        thread = started(work)
-        waits(turns, there)
+    here.__enter__()
+    thread = started(work)
+    waits(turns, there)
+    with pytest.raises(RuntimeError, match="device is lost"):
+        here.__exit__(None, None, None)
     thread.join(30)
 
 
@@ -203,15 +205,20 @@ def test_random_leaving_and_failing_stops_nobody(started, seed):
     rng = random.Random(seed)
     turns = Turns(at_once=rng.choice((1, 1, 2)), patience_s=rng.choice((0.0, 0.0005)))
     shares = [turns.join(lambda: None) for _ in range(8)]
-    counts = [0] * len(shares)
+    progress = threading.Semaphore(0)
     enough = threading.Event()
+
+    def first_goes_on():
+        for _ in range(20):
+            assert progress.acquire(timeout=30)
 
     def work(number, luck):
         try:
             while not enough.is_set():
                 try:
                     with shares[number]:
-                        counts[number] += 1
+                        if number == 0:
+                            progress.release()
                         if luck.random() < 0.1:
                             raise ZeroDivisionError
                 except ZeroDivisionError:
@@ -221,15 +228,11 @@ def test_random_leaving_and_failing_stops_nobody(started, seed):
 
     threads = [started(work, number, random.Random(rng.random())) for number in range(len(shares))]
     for number in range(1, len(shares)):
-        before = counts[0]
-        while counts[0] < before + 20:
-            assert threads[0].is_alive()
+        first_goes_on()
         shares[number].leave()
         threads[number].join(30)
         assert not threads[number].is_alive()
-    before = counts[0]
-    while counts[0] < before + 20:
-        assert threads[0].is_alive()
+    first_goes_on()
     enough.set()
 
 
