@@ -156,10 +156,10 @@ class Service:
         if self.draining:
             raise Refused("draining", "the server is shutting down; come back later")
         tenant = self._tenants.setdefault(tenant.key, tenant)
-        await self._dismiss_visitor(tenant)
         await tenant.lock.acquire()
         self._tenants[tenant.key] = tenant  # it may have been on its way out
         try:
+            await self._dismiss_visitor(tenant)
             await self._meet(tenant, message)
         except BaseException:
             tenant.lock.release()
@@ -265,6 +265,8 @@ class Service:
         session = tenant.session
         if for_good or (session is not None and session.broken):
             async with tenant.lock:
+                if tenant.key in self._visits:
+                    return  # somebody has come back for it
                 await tenant.close()
                 self._tenants.pop(tenant.key, None)
                 if for_good and not tenant.asked_to_save:
