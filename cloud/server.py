@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -10,9 +9,10 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cloud.device import Device
+from cloud.security import Security
 from cloud.session import Session
 from common.errors import IsthmusError, UserError
 from common.runtime import default_threads
@@ -34,6 +34,8 @@ class ServerConfig:
         threads: torch's threads for computing; None for one a core.
         max_sessions: clients served at once; more are refused.
         disk_limit: bytes of disk that one client's codecs may take.
+        heartbeat_s: seconds between heartbeats; after three without a byte a client counts as lost.
+        security: who may connect, and how.
     """
 
     host: str = "127.0.0.1"
@@ -42,6 +44,8 @@ class ServerConfig:
     threads: int | None = None
     max_sessions: int = 8
     disk_limit: int = 16 << 30
+    heartbeat_s: float = 5.0
+    security: Security = field(default_factory=Security)
 
 
 @asynccontextmanager
@@ -49,15 +53,23 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
     """Serve while the block runs; the server's ``host`` and ``port`` say where. Sessions end with the block.
 
     Raises:
-        UserError: no such GPU, or an address that cannot be listened on.
+        UserError: no such GPU, a file of the security's that cannot be used, or an address that cannot be
+            listened on.
     """
+    config.security.check_host(config.host)
     device = Device(config.gpu)
     threads = config.threads or default_threads()
 
     async def on_connection(connection: Connection) -> None:
         await _serve_one(connection, device, threads, config.disk_limit)
 
-    wire = WireConfig(device=device.name, max_connections=config.max_sessions, allocate=device.allocate)
+    wire = WireConfig(
+        device=device.name,
+        max_connections=config.max_sessions,
+        allocate=device.allocate,
+        heartbeat_s=config.heartbeat_s,
+    )
+    wire = config.security.apply(wire)
     try:
         server = await serve(config.host, config.port, on_connection, wire)
     except ConnectFailed as error:
@@ -104,11 +116,6 @@ async def serve_until_signal(config: ServerConfig, *, owned: bool = False) -> No
                 loop.add_signal_handler(number, stop.set)
         if owned:
             threading.Thread(target=_when_input_ends, args=(loop, stop.set), daemon=True).start()
-        if not _is_loopback(server.host):
-            logger.warning(
-                "anyone who can reach %s can use this server: nothing asks who they are, and nothing is encrypted",
-                server.host,
-            )
         sys.stdout.write(f"listening on {server.host}:{server.port}\n")
         sys.stdout.flush()
         await stop.wait()
@@ -120,10 +127,3 @@ def _when_input_ends(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) 
         pass
     with contextlib.suppress(RuntimeError):  # the loop has ended first
         loop.call_soon_threadsafe(then)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

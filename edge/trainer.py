@@ -22,6 +22,7 @@ from edge.link import Link, open_link
 from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
 from edge.result import TrainResult, fetch_state, save_state, write_trace
+from edge.security import wire_config
 from edge.tuner import Tuner, measured_model
 from wire.errors import ConnectionLost, RemoteProtocolError
 from wire.messages import Committed
@@ -80,12 +81,13 @@ class Trainer:
         """
         config = self._config
         host, port = parse_address(config.server)
+        wire = wire_config(config)
         with ExitStack() as resources:
             resources.callback(self._progress.finish)
             self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
             resources.callback(lanes.close)
             try:
-                async with open_link(host, port, self._tracer) as self._link:
+                async with open_link(host, port, self._tracer, wire) as self._link:
                     self._job = await lanes.run(COMPUTE, "prepare", prepare, config)
                     self._total_steps = self._job.total_steps
                     await self._open(resources)
