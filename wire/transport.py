@@ -173,13 +173,14 @@ class Connection(asyncio.BufferedProtocol):
         """Greet the peer."""
         stream = cast(asyncio.Transport, transport)
         stream.set_write_buffer_limits(high=0)
-        self.peer = spell_address(stream.get_extra_info("peername"))
+        address = stream.get_extra_info("peername")  # None where the peer has gone again
+        self.peer = spell_address(address)
         sock = stream.get_extra_info("socket")
         tune(sock)
         self._low_water, self._unsent = LowWater(sock), Unsent(sock)
         channel, delivered = self._channel, partial(delivery, sock)
         if self._limiter is not None:
-            channel.protocol.greeting.door = self._limiter.of(str(stream.get_extra_info("peername")[0]))
+            channel.protocol.greeting.door = self._limiter.of(str(address[0]) if address else "?")
         if self._config.tls is not None:
             tls = TlsStream(stream, channel, self._role, self._config, self._host, self._loop.call_soon)
             self._tls = tls
