@@ -245,8 +245,11 @@ class Server:
         self.port = 0
 
     async def close(self, reason: str = "the server shuts down") -> None:
-        """Stop accepting, say bye to everybody and wait until their coroutines have returned."""
+        """Stop accepting, say bye to everybody who was welcomed and wait until their coroutines have returned."""
         self._server.close()
+        for stranger in [*self._strangers]:
+            if stranger._channel.failure is None:
+                stranger.abort()  # it may never say anything, and would be waited for
         await asyncio.gather(*(connection.close(reason) for connection in [*self._connections]))
         if self._tasks:
             await asyncio.wait(self._tasks)
