@@ -106,8 +106,6 @@ class Session:
             self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
         await self._connection.send(
             Ready(
-                step=0,
-                saves=False,
                 need_weights=middle.needs_weights,
                 device=self._device.name,
                 memory_format=middle.memory_format,

@@ -67,7 +67,7 @@ class Link:
         Raises:
             PeerError: the server refuses; its message says why.
         """
-        await self.send(Open(session=bytes(16), secret=bytes(32), spec=spec.to_map()))
+        await self.send(Open(spec=spec.to_map()))
         ready = await self._answered(self._ready)
         if ready.need_weights:
             for piece in weights_messages(middle_state()):
