@@ -55,7 +55,8 @@ def meet(
         Where to go on, or None where there is no step that both can go back to.
     """
     if client is not None and concluded is not None:
-        if client == concluded or (client == concluded + 1 and (pending == client or not applied)):
+        is_next = client == concluded + 1 and (pending == client or not applied)
+        if is_next or client == concluded:
             return Meeting(client, remembered=True, stored=False)
     common = set(saved)
     if client is not None and client in common:

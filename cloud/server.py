@@ -76,7 +76,9 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         async def on_connection(connection: Connection) -> None:
             await _serve_one(connection, service)
 
-        wire = WireConfig(device=device.name, max_connections=4 * config.max_sessions, allocate=device.allocate)
+        wire = WireConfig(
+            device=device.name, max_connections=4 * config.max_sessions, allocate=device.allocate
+        )
         try:
             server = await serve(config.host, config.port, on_connection, wire)
         except ConnectFailed as error:

@@ -113,9 +113,13 @@ class Service:
 
     async def _send_away(self, connection: Connection, tenant: Tenant) -> None:
         if self.draining and tenant.checkpoints is None:
-            await connection.fail("stopped", "the server was stopped, and keeps nothing on disk to go on with")
+            await connection.fail(
+                "stopped", "the server was stopped, and keeps nothing on disk to go on with"
+            )
         else:
-            await connection.close("the server is shutting down" if self.draining else "nothing was done for long")
+            await connection.close(
+                "the server is shutting down" if self.draining else "nothing was done for long"
+            )
 
     # Beginning. Both return with the tenant's lock held, so that nobody else takes the session up.
 
@@ -245,7 +249,9 @@ class Service:
                 await self._end(tenant)
             elif tenant.session is not None and tenant.key not in self._visits:
                 await tenant.park()
-                logger.info("session %s is parked after %.0f s without its client", tenant.name, tenant.idle_s)
+                logger.info(
+                    "session %s is parked after %.0f s without its client", tenant.name, tenant.idle_s
+                )
 
     # Ending.
 

@@ -221,8 +221,7 @@ class Session:
 
     def _copies_of_streams(self) -> list[asyncio.Future[Any]]:
         return [
-            self.lanes.run(lane, "snapshot", _copy_of, stream.state_dict)
-            for lane, stream in self._training()
+            self.lanes.run(lane, "snapshot", _copy_of, stream.state_dict) for lane, stream in self._training()
         ]
 
     async def restore(self, step: int, state: State) -> None:

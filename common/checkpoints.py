@@ -16,6 +16,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -104,7 +105,7 @@ class CheckpointFolder:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         with self._failing(f"the checkpoint of step {step} could not be written in {self.path}"):
             try:
-                self._write_file(temporary, (header, *map(data_of, ordered)))
+                self._write_file(temporary, chain((header,), map(data_of, ordered)))
                 self._disk.rename(temporary, path)
             except BaseException:
                 with suppress(OSError):
@@ -139,7 +140,7 @@ class CheckpointFolder:
                     f"there is no checkpoint of step {step} in {self.path}; there are: {there}"
                 ) from None
             except (SafetensorError, ValueError, KeyError) as error:
-                raise UserError(f"{path} is damaged: {error}") from error
+                raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
 
     def prune(self, keep_step: int | None = None) -> None:
         """Remove the oldest checkpoints, down to the last few.

@@ -5,8 +5,8 @@
         plain     {"map": [["state", {"map": [[0, {"map": [["momentum_buffer", {"tensor": ..}]]}]]}],
                            ["lr", {"float": "inf"}]]}
 
-In the plain part every JSON object has one key more than values of its own need, a tag; so keys stay what they
-were, numbers or text, and what JSON has no word for is spelled.
+A JSON object of the plain part is never a map itself: its key says what it stands for. So a map's keys stay what
+they were, numbers or text, and what JSON has no word for is spelled.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def unflatten(tensors: Mapping[str, Tensor], plain: Any) -> Any:
     """
     try:
         return _unflattened(tensors, plain)
-    except (KeyError, TypeError, RuntimeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise ValueError(f"the values and the tensors do not belong together: {error}") from error
 
 

@@ -79,7 +79,7 @@ class Stage:
         self._amp = AMP_DTYPES[amp] if amp else None
         self._chunks: dict[int, tuple[tuple[Entry, ...], tuple[Tensor, ...]]] = {}
         self._saved_buffers: dict[str, Tensor] | None = None
-        self._buffers = {name: b for name, b in partition.named_buffers() if b is not None}
+        self._buffers = dict(partition.named_buffers(remove_duplicate=False))
         self._trained = {name: p for name, p in partition.named_parameters() if p.requires_grad}
         self._parameters = list(self._trained.values())
         self._narrowing = list(narrowing_layers(partition))

@@ -119,15 +119,16 @@ class Context:
         if self._concluding is not None:
             await asyncio.shield(self._concluding)
         # The lanes work in order: these come behind whatever is left on them.
-        await asyncio.gather(
-            self.lanes.run(COMPUTE, "rollback", self._undo), *self._settle(applied=False)
-        )
+        await asyncio.gather(self.lanes.run(COMPUTE, "rollback", self._undo), *self._settle(applied=False))
 
     def snapshot(self) -> Awaitable[dict[str, Any]]:
         """Copy everything that training changes: now, before what is queued after this call. Call between steps."""
         parts = (
             self.lanes.run(COMPUTE, "snapshot", _copy_of, self._stages),
-            *(self.lanes.run(lane, "snapshot", _copy_of, stream.state_dict) for lane, stream in self._streams()),
+            *(
+                self.lanes.run(lane, "snapshot", _copy_of, stream.state_dict)
+                for lane, stream in self._streams()
+            ),
         )
         return _together(self.committed, parts)
 

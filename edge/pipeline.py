@@ -20,8 +20,8 @@ from common.lanes import COMPUTE
 from common.optim import clip_scale
 from common.schedule import Schedule, edge_schedule
 from edge.context import Context
-from edge.outcome import Outcome, Score
 from edge.evaluation_pass import EvaluationPass, FetchChunk
+from edge.outcome import Outcome, Score
 from edge.passes import Pass, TrainingPass
 from wire.messages import Abort, Begin, Commit
 

@@ -63,7 +63,9 @@ class Records:
             UserError: the metrics file cannot be written.
         """
         self._job, self._resources = job, resources
-        if self._config.metrics is not None:  # not before: a run that comes to nothing leaves the old file as it is
+        if (
+            self._config.metrics is not None
+        ):  # not before: a run that comes to nothing leaves the old file as it is
             self._open_metrics(append=append)
 
     def _open_metrics(self, *, append: bool) -> None:

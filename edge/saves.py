@@ -6,6 +6,7 @@ from typing import Any
 
 from common.errors import IsthmusError
 from edge.context import Context
+from edge.job import Job
 from edge.link import Link
 from edge.run_folder import RunFolder
 from wire.messages import Saved
@@ -90,3 +91,10 @@ class Saves:
     async def _written(self) -> None:
         if self._writing is not None:
             await asyncio.shield(self._writing)
+
+
+def about(job: Job) -> dict[str, Any]:
+    """What checkpoints of a run have to agree in."""
+    spec = job.spec.to_map()
+    del spec["trace"]  # changes no result
+    return {"part": "edge", "spec": spec}

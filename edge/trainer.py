@@ -1,9 +1,6 @@
 """A whole run on the edge: connect, train, evaluate, save; taken up again as often as the link is lost."""
 
-import asyncio
-import time
-from contextlib import ExitStack, suppress
-from typing import Any
+from contextlib import ExitStack
 
 from torch import Tensor
 
@@ -12,22 +9,22 @@ from common.errors import TrainingStopped, UserError
 from common.lanes import COMPUTE, Lanes
 from common.runtime import default_threads
 from common.trace import Tracer
-from edge.config import TrainConfig, parse_address
+from edge.config import TrainConfig
 from edge.context import Context, build_context
-from edge.evaluation import evaluate
+from edge.evaluation import Evaluations
 from edge.feed import Feed
 from edge.job import Job, describe, prepare
-from edge.link import Link, open_link
+from edge.link import Link
 from edge.outcome import Outcome
 from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
-from edge.reconnect import Patience, may_pass
 from edge.records import Records
-from edge.result import TrainResult, fetch_state, save_state, write_trace
+from edge.result import TrainResult, fetch_state, kept, save_state, write_trace
 from edge.run_folder import RunFolder, SessionKey
-from edge.saves import Saves
-from edge.tuner import Tuner, measured_model
-from wire.errors import ConnectionLost, PeerError, RemoteProtocolError, WireError
+from edge.saves import Saves, about
+from edge.supervisor import Supervisor
+from edge.tuner import Tuner
+from wire.errors import ConnectionLost, PeerError, RemoteProtocolError
 from wire.messages import Ready
 from wire.transport import run
 
@@ -55,26 +52,25 @@ class Trainer:
         self._keep_state = keep_state
         self._tracer = Tracer("edge", enabled=config.trace is not None)
         self._records = Records(config, progress, self._tracer)
-        self._patience = Patience(config.give_up_after)
-        self._stopping = asyncio.Event()
+        self._supervisor = Supervisor(
+            config, progress, self._tracer, lost=self._lost, where=lambda: self._where
+        )
         self._key = resumed
         self._remembers = resumed is None  # what training has come to, and not only what was saved of it
-        self._evaluated = 0
-        self._was_connected = self.training = False
-        self._lost_s: float | None = None
-        self._link: Link | None = None
+        self.training = False
         self._job: Job | None = None
         self._context: Context | None = None
         self._saves: Saves | None = None
         self._folder: RunFolder | None = None
         self._feed: Feed
+        self._evaluations: Evaluations
         self._lanes: Lanes
         self._pipeline: Pipeline
         self._tuner: Tuner
 
     def stop(self) -> None:
         """Ask the run to end after the step under way."""
-        self._stopping.set()
+        self._supervisor.stop()
 
     @property
     def steps(self) -> int:
@@ -106,21 +102,13 @@ class Trainer:
             resources.callback(self._progress.finish)
             self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
             resources.callback(lanes.close)
-            while True:
-                try:
-                    async with open_link(*parse_address(config.server), self._tracer) as link:
-                        await self._take_up(link, resources)
-                        stopped = await self._train_until_stopped()
-                        state = await self._collect(link)
-                    break
-                except WireError as error:
-                    await self._survive(error)
+            stopped, state = await self._supervisor.run(lambda link: self._use(link, resources))
             summary = self._records.summary()
             if config.trace is not None:
                 write_trace(self._tracer, config.trace)
                 self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
-            raise TrainingStopped(f"{stopped}; {self._kept()}") from stopped
+            raise TrainingStopped(f"{stopped}; {kept(self._config, self.steps)}") from stopped
         return TrainResult(
             steps=self.steps,
             total_steps=self.total_steps,
@@ -131,11 +119,16 @@ class Trainer:
             state=state,
         )
 
+    async def _use(
+        self, link: Link, resources: ExitStack
+    ) -> tuple[TrainingStopped | UserError | None, dict[str, Tensor]]:
+        await self._take_up(link, resources)
+        return await self._train_until_stopped(link), await self._collect(link)
+
     # Where a connection begins and ends.
 
     async def _take_up(self, link: Link, resources: ExitStack) -> None:
         """Ask for the job, or for the session of before, and go to the step that both sides go on from."""
-        self._link, self._was_connected = link, True
         self._records.connected(link)
         if self._job is None:
             self._job = await self._lanes.run(COMPUTE, "prepare", prepare, self._config)
@@ -153,10 +146,7 @@ class Trainer:
         self._context.link = link
         if ready.step != self.steps or not self._remembers:
             await self._go_back(job, self._context, ready.step)
-        if self._lost_s is not None:
-            lasted = time.monotonic() - self._lost_s
-            self._progress.note(f"the link is back after {lasted:.1f} s; going on after step {self.steps}")
-            self._lost_s = None
+        self._supervisor.taken_up()
 
     async def _ask_for(self, job: Job, link: Link) -> Ready:
         if self._key is None:
@@ -180,9 +170,10 @@ class Trainer:
         self._pipeline = Pipeline(context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16")
         self._feed = Feed(job, channels_last=ready.memory_format == "channels_last")
         self._tuner = Tuner(config.chunks, config.depth)
+        self._evaluations = Evaluations(job, self._progress, lambda: self._supervisor.stopping)
         if self._folder is not None:
             self._folder.write_settings(config, self._key)
-            self._saves = Saves(self._folder, config.checkpoint_every, _about(job), self._progress.note)
+            self._saves = Saves(self._folder, config.checkpoint_every, about(job), self._progress.note)
         self._records.open(job, resources, append=not self._remembers)
         self._progress.note(describe(job, ready))
         self._progress.start(
@@ -195,23 +186,18 @@ class Trainer:
         """Go on from a checkpoint, as the server does."""
         if self._folder is None:
             raise RemoteProtocolError(f"the server goes on after step {step}; here it is step {self.steps}")
-        state, about = await self._folder.read(step)
-        check_same(_about(job), about, f"the checkpoint in {self._folder.path}")
+        state, its = await self._folder.read(step)
+        check_same(about(job), its, f"the checkpoint in {self._folder.path}")
         await context.restore(step, state)
         await self._folder.went_back(step)
         self._records.went_back(step)
-        self._evaluated = 0
+        self._evaluations.went_back()
         what = "the newest checkpoint that both sides have"
         self._progress.note(f"going {'back' if self._remembers else 'on'} to step {step}, {what}")
         self._remembers = True
 
-    async def _survive(self, error: WireError) -> None:
-        """Come to rest after a lost connection, and wait before the next.
-
-        Raises:
-            WireError: there will be none.
-        """
-        link, self._link = self._link, None
+    async def _lost(self, link: Link | None) -> None:
+        """Come to rest between steps, after a connection has gone."""
         if link is not None:
             self._records.disconnected(link)
         if self._context is not None:
@@ -219,60 +205,40 @@ class Trainer:
             self._report()
         if self._saves is not None:
             self._saves.lost()
-        wait_s = self._patience.failed(error) if self._was_connected and may_pass(error) else None
-        if wait_s is None or self._stopping.is_set():
-            raise self._final(error) from error
-        if self._lost_s is None:
-            self._lost_s = time.monotonic()
-            self._progress.note(f"the link was lost {self._when}: {error}; trying again")
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), wait_s)
-            raise self._final(error)
-
-    def _final(self, error: WireError) -> WireError:
-        """Say what a failure comes to that ends the run."""
-        if not self._was_connected or not may_pass(error):
-            return error
-        hint = "" if self._folder is None else f"; go on by edge-client --resume {self._folder.path}"
-        lost = "the link was down" if self._lost_s is not None else str(error)
-        reason = f"{lost}: {error}" if lost != str(error) else lost
-        return ConnectionLost(f"the link to {self._config.server} was lost {self._when}: {reason}{hint}")
 
     # What a connection is for.
 
-    async def _train_until_stopped(self) -> TrainingStopped | UserError | None:
+    async def _train_until_stopped(self, link: Link) -> TrainingStopped | UserError | None:
         """Train; returns what ended it early: a loss that is not finite, or a sample that cannot be read."""
         try:
-            await self._train()
+            await self._train(link)
         except (TrainingStopped, UserError) as stopped:
             return stopped
         return None
 
-    async def _train(self) -> None:
+    async def _train(self, link: Link) -> None:
         assert self._context is not None
-        assert self._link is not None
-        context, link = self._context, self._link
+        context = self._context
         while True:
             outcome = context.outcome
             if outcome.reason:
                 raise TrainingStopped(outcome.reason)
-            last = outcome.step == self.total_steps or self._stopping.is_set()
+            last = outcome.step == self.total_steps or self._supervisor.stopping
             if self._saves is not None and self._saves.wants(outcome.step, last=last):
                 await self._saves.save(context, link)
-            if self._is_evaluation_due(outcome.step) and not self._stopping.is_set():
+            if self._evaluations.is_due(outcome.step):
                 await self._evaluate(outcome.step)
             elif last:
                 break
             else:
-                await self._one_step(outcome.step + 1)
+                await self._one_step(link, outcome.step + 1)
         await self._feed.close()
 
-    async def _one_step(self, step: int) -> None:
-        assert self._link is not None
+    async def _one_step(self, link: Link, step: int) -> None:
         self._records.begin(step)
         self._batch = await self._feed.batch(step)
         self.training = True
-        busy, link = self._records.busy, self._link
+        busy = self._records.busy
         busy.begin(self._lanes, link)
         await self._pipeline.train(
             step,
@@ -282,7 +248,7 @@ class Trainer:
             depth=self._tuner.plan.depth,
             sample_ids=self._batch.sample_ids,
         )
-        await self._tune(link)
+        await self._tuner.tune(self._lanes, link, busy)
         self._report()
         busy.end(self._lanes, link)
 
@@ -291,86 +257,35 @@ class Trainer:
         assert self._context is not None
         if self._context.outcome.step > self._records.reported:
             self._records.concluded(self._context.outcome, self._batch)
-            self._patience.progressed()
+            self._supervisor.progressed()
             if self._job is not None:
                 self._job.parts.middle.free()  # the server has its weights: it has made a step with them
 
-    async def _tune(self, link: Link) -> None:
-        """Choose how to order a step, once enough has been seen."""
-        tuner = self._tuner
-        tuner.stepped()
-        edge, sizes = self._lanes.take_means(), link.sent.take_sizes()
-        if tuner.wants_measurements:
-            await link.confirmed()
-            model = measured_model(
-                chunks=self._config.chunks,
-                edge=edge,
-                cloud=self._records.busy.cloud_detail,
-                sizes=sizes,
-                up_bit_s=link.sent.rate_bit_s,
-                rtt_s=link.connection.rtt_s or 0.0,
-                shared_cores=link.is_local,
-            )
-            plan = await asyncio.to_thread(tuner.choose, model)
-            link.connection.lead(plan.lead)
-
-    def _is_evaluation_due(self, step: int) -> bool:
-        assert self._job is not None
-        every = self._config.eval_every
-        every = self._job.steps_per_epoch if every is None else every
-        due = every and (step % every == 0 or step == self.total_steps)
-        return bool(due) and step > self._evaluated
-
     async def _evaluate(self, step: int) -> None:
-        assert self._job is not None
-        score = await evaluate(
-            self._pipeline,
-            self._job,
-            step,
-            channels_last=self._feed.channels_last,
-            progress=self._progress,
-            stopping=self._stopping.is_set,
-        )
+        channels_last = self._feed.channels_last
+        score = await self._evaluations.run(self._pipeline, step, channels_last=channels_last)
         if score is not None:
-            self._evaluated = step
             self._records.evaluated(step, score)
-            self._patience.progressed()
+            self._supervisor.progressed()
 
     async def _collect(self, link: Link) -> dict[str, Tensor]:
         """Bring the trained model together where it is wanted, and write it where it was asked for."""
         assert self._job is not None
         assert self._context is not None
-        config, state = self._config, {}
         await link.confirmed()
         if self._saves is not None:
             await self._saves.settled(link)
         # An older file is worth more than an untrained model.
-        saves = config.save is not None and self.steps > 0
-        if self._keep_state or saves:
-            state = await fetch_state(self._job, self._context)
+        saves = self._config.save is not None and self.steps > 0
+        state = await fetch_state(self._job, self._context) if self._keep_state or saves else {}
         if saves:
-            await self._lanes.run(COMPUTE, "save", save_state, state, config, self.steps)
-            self._progress.note(f"the model is in {config.save}")
+            await self._lanes.run(COMPUTE, "save", save_state, state, self._config, self.steps)
+            self._progress.note(f"the model is in {self._config.save}")
         return state
 
-    def _kept(self) -> str:
-        if self.steps == 0:
-            return "no step had been made, so nothing was saved"
-        save = self._config.save
-        if save is None:
-            return "give --save to keep the last good weights"
-        return f"the weights of step {self.steps} are in {save}"
-
     @property
-    def _when(self) -> str:
+    def _where(self) -> str:
         return f"after step {self.steps} of {self.total_steps}" if self.training else "before the first step"
-
-
-def _about(job: Job) -> dict[str, Any]:
-    """What checkpoints of a run have to agree in."""
-    spec = job.spec.to_map()
-    del spec["trace"]  # changes no result
-    return {"part": "edge", "spec": spec}
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:

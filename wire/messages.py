@@ -20,8 +20,8 @@ from typing import Any, ClassVar, get_type_hints
 from wire.fields import (
     Code,
     Count,
-    Digest,
     Descs,
+    Digest,
     Flag,
     HeaderLimit,
     Name,

@@ -17,9 +17,11 @@ from typing import Any, TypeVar, cast
 from wire.channel import Channel
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, ForeignProtocol, WireError
+from wire.limiter import AttemptLimiter
 from wire.messages import Bye, Error, Hello, Message, Welcome
 from wire.outbox import SendReceipt
 from wire.protocol import Role
+from wire.sender import Traits
 from wire.sockets import (
     LowWater,
     Unsent,
@@ -27,10 +29,12 @@ from wire.sockets import (
     dial,
     explain,
     explain_refusal,
+    is_final,
     speaks_http,
     spell_address,
     tune,
 )
+from wire.tls_stream import TlsStream
 
 __all__ = ["Connection", "SendReceipt", "Server", "connect", "run", "serve"]
 
@@ -48,11 +52,14 @@ class Connection(asyncio.BufferedProtocol):
         peer: the other end's address.
     """
 
-    def __init__(self, role: Role, config: WireConfig) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, role: Role, config: WireConfig, host: str | None = None) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        self._role, self._config, self._host = role, config, host
         self._opened: asyncio.Future[None] = loop.create_future()  # or failed
         self._lost: asyncio.Future[None] = loop.create_future()
         self._channel = Channel(role, config, loop.create_future, loop.call_later, self._opened, self._lost)
+        self._tls: TlsStream | None = None
+        self._limiter: AttemptLimiter | None = None
         self.peer = "?"
 
     @property
@@ -67,13 +74,13 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes handed to the kernel, headers and heartbeats included."""
+        """Bytes handed to the kernel: with headers and heartbeats, and as they are encrypted."""
         return self._channel.sent_bytes
 
     @property
     def received_bytes(self) -> int:
-        """Bytes taken from the kernel, headers and heartbeats included."""
-        return self._channel.protocol.received_bytes
+        """Bytes taken from the kernel: with headers and heartbeats, and as they are encrypted."""
+        return self._tls.received_bytes if self._tls else self._channel.protocol.received_bytes
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -142,15 +149,21 @@ class Connection(asyncio.BufferedProtocol):
 
         Messages that were not received yet are lost.
         """
-        self._channel.leave(Bye(reason[:1024]), ConnectionLost("this end closed the connection"))
+        self._leave(Bye(reason[:1024]), ConnectionLost("this end closed the connection"))
         await asyncio.shield(self._lost)
 
     async def fail(self, code: str, message: str) -> None:
         """Report an error and close. The peer's `receive` raises `PeerError(code, message)`."""
-        self._channel.leave(
+        self._leave(
             Error(code[:64], message[:1024]), ConnectionLost(f"this end closed the connection: {message}")
         )
         await asyncio.shield(self._lost)
+
+    def _leave(self, message: Message, failure: WireError) -> None:
+        if self._tls is not None and not self._tls.secured:
+            self._channel.abort(failure)  # there is nothing to say it through
+        else:
+            self._channel.leave(message, failure)
 
     def abort(self) -> None:
         """Drop the connection at once, with all that is queued."""
@@ -164,21 +177,36 @@ class Connection(asyncio.BufferedProtocol):
         sock = stream.get_extra_info("socket")
         tune(sock)
         self._low_water, self._unsent = LowWater(sock), Unsent(sock)
-        # uvloop's transports refer to what they cannot send at once; asyncio's copy it.
-        splits = not type(stream).__module__.startswith("uvloop")
-        self._channel.attach(stream, splits=splits, delivery=partial(delivery, sock))
+        channel, delivered = self._channel, partial(delivery, sock)
+        if self._limiter is not None:
+            channel.protocol.greeting.door = self._limiter.of(str(stream.get_extra_info("peername")[0]))
+        if self._config.tls is not None:
+            tls = TlsStream(stream, channel, self._role, self._config, self._host, self._loop.call_soon)
+            self._tls = tls
+            channel.attach(tls, Traits(splits=True, delivery=delivered, overhead=lambda: tls.added_bytes))
+            tls.begin()
+        else:
+            # uvloop's transports refer to what they cannot send at once; asyncio's copy it.
+            splits = not type(stream).__module__.startswith("uvloop")
+            channel.attach(stream, Traits(splits=splits, delivery=delivered))
+            channel.greet()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where the next bytes belong."""
-        return self._channel.protocol.next_buffer()
+        return self._tls.next_buffer() if self._tls else self._channel.protocol.next_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes came in."""
+        if self._tls:  # of which some are TLS's own: how many of a payload have still to come is not known
+            self._tls.received(nbytes)
+            return
         self._channel.received(nbytes)
         self._low_water.adjust(nbytes, self._channel.protocol.missing)
 
     def eof_received(self) -> bool:
-        """The peer sends nothing more; the transport then closes."""
+        """The peer sends nothing more; the transport then closes, unless some is still to be decrypted."""
+        if self._tls:
+            return self._tls.received_eof()
         self._channel.received_eof()
         return False
 
@@ -207,8 +235,10 @@ class Server:
     def __init__(self, on_connection: OnConnection, config: WireConfig) -> None:
         self._on_connection = on_connection
         self._config = config
+        self._limiter = AttemptLimiter() if config.token is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
+        self._strangers: dict[Connection, None] = {}  # those without a task, the oldest first
         self._server: asyncio.AbstractServer
         self.host = ""
         self.port = 0
@@ -220,7 +250,7 @@ class Server:
     async def close(self, reason: str = "the server shuts down") -> None:
         """Stop accepting, say bye to everybody and wait until their coroutines have returned."""
         self._server.close()
-        await asyncio.gather(*(connection.close(reason) for connection in self._connections))
+        await asyncio.gather(*(connection.close(reason) for connection in [*self._connections]))
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._server.wait_closed()
@@ -232,10 +262,20 @@ class Server:
 
     def _accept(self) -> Connection:
         connection = Connection(Role.SERVER, self._config)
+        connection._limiter = self._limiter
         self._connections.add(connection)
+        self._strangers[connection] = None
+        if len(self._strangers) > self._config.max_strangers:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest._channel.abort(ConnectionLost("too many other connections came before it was welcomed"))
         connection._opened.add_done_callback(lambda _: self._begin(connection))
-        connection._lost.add_done_callback(lambda _: self._connections.discard(connection))
+        connection._lost.add_done_callback(lambda _: self._forget(connection))
         return connection
+
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._strangers.pop(connection, None)
 
     def _begin(self, connection: Connection) -> None:
         if connection._channel.failure is not None:
@@ -247,6 +287,7 @@ class Server:
                 ConnectionLost("too many connections"),
             )
             return
+        self._strangers.pop(connection, None)
         task = asyncio.get_running_loop().create_task(self._run(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -303,7 +344,9 @@ async def connect(host: str, port: int, config: WireConfig | None = None) -> Con
     try:
         async with asyncio.timeout(config.handshake_s):
             sock = await dial(loop, host, port)
-            _, connection = await loop.create_connection(lambda: Connection(Role.CLIENT, config), sock=sock)
+            _, connection = await loop.create_connection(
+                lambda: Connection(Role.CLIENT, config, host), sock=sock
+            )
             await connection._opened
     except OSError as error:
         if connection is None:
@@ -322,7 +365,7 @@ async def connect(host: str, port: int, config: WireConfig | None = None) -> Con
     failure = connection._channel.failure
     if failure is not None:
         await connection.close()
-        raise ConnectFailed(host, port, explain_refusal(failure)) from None
+        raise ConnectFailed(host, port, explain_refusal(failure), final=is_final(failure)) from None
     return connection
 
 

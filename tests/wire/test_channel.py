@@ -23,6 +23,7 @@ from wire.errors import (
 from wire.frames import PRELUDE_SIZE, FrameReader, Limits, encode_frame_head
 from wire.messages import Backward, Bye, Error, Forward, Message
 from wire.protocol import Phase, Role
+from wire.sender import Traits
 from wire.serialize import decode
 
 REASON = ConnectionLost("the test ends it")
@@ -156,7 +157,8 @@ class End:
         timer.callback()
 
     def attach(self) -> "End":
-        self.channel.attach(self.stream, splits=self.splits)
+        self.channel.attach(self.stream, Traits(splits=self.splits))
+        self.channel.greet()
         return self
 
     def receive(self, *messages: Message) -> None:

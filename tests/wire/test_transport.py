@@ -186,14 +186,12 @@ async def test_both_ends_know_each_other_once_connected() -> None:
 
     async def look(connection: Connection) -> None:
         seen.append(connection.hello)
-        assert connection.session == connection.welcome.session  # type: ignore[union-attr]
         await idle(connection)
 
     async with serving(look, software="cloud/2", device="cuda:7") as server:
         connection = await open_job(server, software="edge/1")
         assert connection.welcome is not None
         assert (connection.welcome.software, connection.welcome.device) == ("cloud/2", "cuda:7")
-        assert len(connection.session) == 16
         assert connection.peer == f"{server.host}:{server.port}"
         assert seen[0] is not None
         assert seen[0].software == "edge/1"
@@ -656,7 +654,7 @@ async def test_silent_client_is_noticed_by_its_heartbeats() -> None:
 @on_both_loops
 async def test_silent_server_is_noticed_by_its_heartbeats() -> None:
     async def welcome_and_fall_asleep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(to_bytes(Welcome(1, "x", 1 << 20, 1 << 30, "s", 0.02, "cpu")))
+        writer.write(to_bytes(Welcome(2, "x", 1 << 20, 1 << 30, bytes(32), None, 0.02, "cpu")))
         await reader.read()
 
     async with raw_server(welcome_and_fall_asleep) as port:
@@ -771,7 +769,7 @@ async def test_connections_that_say_nothing_do_not_count() -> None:
 async def test_many_connections_are_served_at_once() -> None:
     async with serving(echo) as server:
         connections = await asyncio.gather(*(open_job(server) for _ in range(20)))
-        assert len({connection.session for connection in connections}) == 20
+        assert len({connection.welcome.nonce for connection in connections if connection.welcome}) == 20
         for number, connection in enumerate(connections):
             await connection.send(tensor_message(np.full(1000, number, np.uint8)))
         for number, connection in enumerate(connections):
