@@ -17,6 +17,9 @@ def _size(context: click.Context, option: click.Parameter, text: str) -> int:
     return size
 
 
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
 @click.command("cloud-server", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option(
@@ -53,6 +56,28 @@ def _size(context: click.Context, option: click.Parameter, text: str) -> int:
     help="Nothing is left of it after so long.",
 )
 @click.option(
+    "--heartbeat",
+    default=5.0,
+    type=click.FloatRange(0.1, 3600),
+    metavar="SECONDS",
+    help="Between heartbeats; three without an answer, and a client counts as lost.",
+)
+@click.option("--token-file", type=_FILE, help="Serve only clients that know the token in this file.")
+@click.option("--tls-cert", type=_FILE, help="Encrypt, with the certificate in this file (PEM).")
+@click.option("--tls-key", type=_FILE, help="Its private key (PEM).")
+@click.option(
+    "--tls-client-ca", type=_FILE, help="Serve only clients with a certificate that these authorities signed."
+)
+@click.option(
+    "--make-cert",
+    is_flag=True,
+    help="Write a certificate and its key to --tls-cert and --tls-key (cert.pem and key.pem), say how clients pin it,"
+    " and end.",
+)
+@click.option(
+    "--insecure", is_flag=True, help="Listen where others can reach the server, even without TLS and token."
+)
+@click.option(
     "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers models."
 )
 @click.option("--quiet", is_flag=True, help="Log warnings only.")
@@ -69,6 +94,13 @@ def cli(
     state_dir: Path | None,
     park_after: float,
     forget_after: float,
+    heartbeat: float,
+    token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    make_cert: bool,
+    insecure: bool,
     modules: tuple[str, ...],
     quiet: bool,
     owned: bool,
@@ -86,8 +118,27 @@ def cli(
         format="%(asctime)s %(message)s",
     )
 
+    def write_certificate() -> None:
+        from cloud.certificate import make_certificate
+
+        cert, key = tls_cert or Path("cert.pem"), tls_key or Path("key.pem")
+        fingerprint = make_certificate(cert, key, host)
+        sys.stdout.write(
+            f"wrote {cert} and {key}; start the server with --tls-cert {cert} --tls-key {key}, and clients with:\n"
+            f"--tls-fingerprint {fingerprint}\n"
+        )
+
     def serve() -> None:
         # torch is slow to import: a wrong command line is answered without it.
+        from cloud.security import Security
+
+        security = Security(
+            token_file=token_file,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_client_ca=tls_client_ca,
+            insecure=insecure,
+        )
         from cloud.device import first_gpu
         from cloud.server import ServerConfig, serve_until_signal
         from common.imports import import_modules
@@ -104,10 +155,12 @@ def cli(
             state_dir=state_dir,
             park_after=park_after,
             forget_after=forget_after,
+            heartbeat_s=heartbeat,
+            security=security,
         )
         run(serve_until_signal(config, owned=owned))
 
-    run_command(serve, debug=debug)
+    run_command(write_certificate if make_cert else serve, debug=debug)
 
 
 def main() -> None:

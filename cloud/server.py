@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import fcntl
-import ipaddress
 import logging
 import os
 import signal
@@ -11,10 +10,11 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloud.device import Device
+from cloud.security import Security
 from cloud.service import Limits, Service
 from common.errors import IsthmusError, UserError
 from common.runtime import default_threads
@@ -40,6 +40,8 @@ class ServerConfig:
         park_after: seconds without a word from a client until its session leaves memory for `state_dir`.
         forget_after: seconds until nothing is left of it.
         drain_s: seconds that steps under way have to end when the server is told to.
+        heartbeat_s: seconds between heartbeats; after three without a byte a client counts as lost.
+        security: who may connect, and how.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +54,8 @@ class ServerConfig:
     park_after: float = 600.0
     forget_after: float = 7 * 24 * 3600.0
     drain_s: float = 60.0
+    heartbeat_s: float = 5.0
+    security: Security = field(default_factory=Security)
 
 
 @asynccontextmanager
@@ -61,8 +65,9 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
     After the block, clients finish the step under way, and sessions are kept where there is a folder for them.
 
     Raises:
-        UserError: no such GPU, an address that cannot be listened on, or a folder that cannot be used.
+        UserError: no such GPU, a file or folder that cannot be used, or an address that cannot be listened on.
     """
+    config.security.check_host(config.host)
     device = Device(config.gpu)
     limits = Limits(
         sessions=config.max_sessions,
@@ -77,8 +82,12 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
             await _serve_one(connection, service)
 
         wire = WireConfig(
-            device=device.name, max_connections=4 * config.max_sessions, allocate=device.allocate
+            device=device.name,
+            max_connections=4 * config.max_sessions,
+            allocate=device.allocate,
+            heartbeat_s=config.heartbeat_s,
         )
+        wire = config.security.apply(wire)
         try:
             server = await serve(config.host, config.port, on_connection, wire)
         except ConnectFailed as error:
@@ -153,14 +162,12 @@ async def serve_until_signal(config: ServerConfig, *, owned: bool = False) -> No
                 loop.add_signal_handler(number, stop.set)
         if owned:
             threading.Thread(target=_when_input_ends, args=(loop, stop.set), daemon=True).start()
-        if not _is_loopback(server.host):
-            logger.warning(
-                "anyone who can reach %s can use this server: nothing asks who they are, and nothing is encrypted",
-                server.host,
-            )
         sys.stdout.write(f"listening on {server.host}:{server.port}\n")
         sys.stdout.flush()
         await stop.wait()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):
+                loop.remove_signal_handler(number)  # whoever cannot wait has a second one
         logger.info("shutting down: clients finish the step under way")
 
 
@@ -169,10 +176,3 @@ def _when_input_ends(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) 
         pass
     with contextlib.suppress(RuntimeError):  # the loop has ended first
         loop.call_soon_threadsafe(then)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

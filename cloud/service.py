@@ -15,6 +15,7 @@ from cloud.device import Device
 from cloud.meeting import meet
 from cloud.session import Session
 from cloud.tenant import Tenant
+from cloud.turns import Turns
 from common.errors import IsthmusError
 from common.spec import JobSpec
 from wire.auth import RESUME, is_proof
@@ -75,6 +76,7 @@ class Service:
         self._tenants: dict[bytes, Tenant] = {}
         self._visits: dict[bytes, tuple[Connection, Conversation, asyncio.Event]] = {}
         self._admission = asyncio.Lock()
+        self._turns = Turns()
         self.draining = False
 
     async def attend(self, connection: Connection) -> None:
@@ -153,10 +155,11 @@ class Service:
             raise Refused("wrong_secret", "the secret is not this session's")
         if self.draining:
             raise Refused("draining", "the server is shutting down; come back later")
-        self._tenants.setdefault(tenant.key, tenant)
-        await self._dismiss_visitor(tenant)
+        tenant = self._tenants.setdefault(tenant.key, tenant)
         await tenant.lock.acquire()
+        self._tenants[tenant.key] = tenant  # it may have been on its way out
         try:
+            await self._dismiss_visitor(tenant)
             await self._meet(tenant, message)
         except BaseException:
             tenant.lock.release()
@@ -169,7 +172,6 @@ class Service:
             connection, _, gone = visit
             connection.abort()
             await gone.wait()
-            await asyncio.sleep(0)
 
     async def _meet(self, tenant: Tenant, message: Resume) -> None:
         """Bring a session to where both ends can go on."""
@@ -224,7 +226,11 @@ class Service:
             await self._make_room()
             tenant.in_memory = True
         tenant.session = await Session.build(
-            tenant.spec, self._device, threads=self._threads, disk_limit=self._limits.disk_bytes
+            tenant.spec,
+            self._device,
+            self._turns,
+            threads=self._threads,
+            disk_limit=self._limits.disk_bytes,
         )
 
     async def _make_room(self) -> None:
@@ -259,6 +265,8 @@ class Service:
         session = tenant.session
         if for_good or (session is not None and session.broken):
             async with tenant.lock:
+                if tenant.key in self._visits:
+                    return  # somebody has come back for it
                 await tenant.close()
                 self._tenants.pop(tenant.key, None)
                 if for_good and not tenant.asked_to_save:

@@ -16,6 +16,7 @@ from cloud.device import Device, LaneStreams
 from cloud.middle import Middle
 from cloud.passing import Passing
 from cloud.streams import Streams, check_disk
+from cloud.turns import Turns
 from cloud.work import Work
 from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
 from common.snapshot import detached
@@ -31,6 +32,7 @@ class Session:
     Args:
         spec: the job.
         device: where the middle computes.
+        turns: of the sessions at it.
         threads: torch's threads for computing.
 
     Attributes:
@@ -46,7 +48,7 @@ class Session:
         broken: a step was concluded halfway; nothing of this can be used any more.
     """
 
-    def __init__(self, spec: JobSpec, device: Device, threads: int) -> None:
+    def __init__(self, spec: JobSpec, device: Device, turns: Turns, threads: int) -> None:
         self.spec = spec
         self.tracer = Tracer("cloud", enabled=spec.trace)
         self.lanes = Lanes(self.tracer, threads)
@@ -58,24 +60,28 @@ class Session:
         self.training: Streams
         self._device = device
         self._streams = LaneStreams(device)
+        self._share = turns.join(self._streams.settle)
         self._resources = ExitStack()
         self._concluding: asyncio.Future[Any] | None = None
         self._stored: State | None = None  # what makes the pending step complete, where that is not at work
 
     @classmethod
-    async def build(cls, spec: JobSpec, device: Device, *, threads: int, disk_limit: int) -> "Session":
+    async def build(
+        cls, spec: JobSpec, device: Device, turns: Turns, *, threads: int, disk_limit: int
+    ) -> "Session":
         """Build the middle of a job.
 
         Args:
             spec: the job.
             device: where the middle computes.
+            turns: of the sessions at it.
             threads: torch's threads for computing.
             disk_limit: bytes of disk that its codecs may take.
 
         Raises:
             UserError: the job cannot be done; says why.
         """
-        session = cls(spec, device, threads)
+        session = cls(spec, device, turns, threads)
         try:
             await session._build(disk_limit)
         except BaseException:
@@ -85,7 +91,7 @@ class Session:
 
     async def _build(self, disk_limit: int) -> None:
         self.middle = middle = await self.lanes.run(COMPUTE, "build", Middle, self.spec, self._device)
-        self.work = Work(middle, self._streams, self.spec.seed)
+        self.work = Work(middle, self._streams, self._share, self.spec.seed)
         self.training = self.new_streams()
         check_disk(self.spec.codecs, {c: middle.crossing(c, gradients=False) for c in CUTS}, disk_limit)
         self._resources.callback(self.training.close)
@@ -93,6 +99,7 @@ class Session:
     async def close(self) -> None:
         """Give everything up, once what is being computed is done."""
         await asyncio.to_thread(self.lanes.close)
+        self._share.leave()
         self._resources.close()
 
     def new_streams(self) -> Streams:

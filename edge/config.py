@@ -59,6 +59,12 @@ class TrainConfig:
         save: where the trained model goes.
         metrics: where JSON lines go.
         trace: where the timeline goes.
+        token_file: holds the token that the server asks for.
+        tls: encrypt, and have the system's authorities know the server's certificate.
+        tls_fingerprint: SHA-256 of the certificate that the server has to show, 64 hexadecimal digits; encrypts.
+        tls_ca: PEM file of the authorities that may have signed the server's certificate; encrypts.
+        tls_cert: PEM file of the certificate to show to a server that asks for one.
+        tls_key: PEM file of its private key.
     """
 
     server: str
@@ -102,6 +108,12 @@ class TrainConfig:
     save: Path | None = None
     metrics: Path | None = None
     trace: Path | None = None
+    token_file: Path | None = None
+    tls: bool = False
+    tls_fingerprint: str | None = None
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without data, model or server.

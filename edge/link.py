@@ -15,6 +15,7 @@ from common.traffic import Sent
 from edge.outcome import Outcome
 from edge.run_folder import SessionKey
 from wire.auth import RESUME, prove
+from wire.config import WireConfig
 from wire.errors import ConnectionLost, RemoteProtocolError, WireError
 from wire.messages import (
     Abort,
@@ -213,14 +214,16 @@ class Link:
 
 
 @asynccontextmanager
-async def open_link(host: str, port: int, tracer: Tracer) -> AsyncIterator[Link]:
+async def open_link(
+    host: str, port: int, tracer: Tracer, wire: WireConfig | None = None
+) -> AsyncIterator[Link]:
     """Connect, and receive in the background while the block runs; close cleanly after it.
 
     Raises:
         ConnectFailed: nobody there, or not an Isthmus server.
         WireError: the link failed while the block ran; the block is cancelled.
     """
-    connection = await connect(host, port)
+    connection = await connect(host, port, wire)
     try:
         async with asyncio.TaskGroup() as tasks:
             link = Link(connection, tracer, tasks)

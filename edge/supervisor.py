@@ -11,6 +11,7 @@ from edge.config import TrainConfig, parse_address
 from edge.link import Link, open_link
 from edge.progress import Progress
 from edge.reconnect import Patience, may_pass
+from edge.security import wire_config
 from wire.errors import ConnectionLost, WireError
 
 T = TypeVar("T")
@@ -25,6 +26,9 @@ class Supervisor:
         tracer: of what is sent.
         lost: is called with a connection that is lost, and comes to rest; None where none could be made.
         where: says how far the run has come, as in "after step 3 of 10".
+
+    Raises:
+        UserError: the settings of the connection do not go together, or a file that they name cannot be used.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Supervisor:
         where: Callable[[], str],
     ) -> None:
         self._config = config
+        self._address, self._wire = parse_address(config.server), wire_config(config)
         self._progress = progress
         self._tracer = tracer
         self._lost = lost
@@ -64,7 +69,7 @@ class Supervisor:
         while True:
             link: Link | None = None
             try:
-                async with open_link(*parse_address(self._config.server), self._tracer) as link:
+                async with open_link(*self._address, self._tracer, self._wire) as link:
                     self._was_connected = True
                     return await use(link)
             except WireError as error:

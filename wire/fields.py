@@ -6,8 +6,8 @@ A field of a message is annotated with a type and a `Rule`, which is applied on 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
 
 from wire.buffers import ALIGNMENT
 from wire.errors import CorruptPayload
@@ -38,6 +38,7 @@ __all__ = [
     "Versions",
     "fits",
     "payload_size",
+    "rules_of",
 ]
 
 MAX_ITEMS = 65_536
@@ -113,6 +114,12 @@ def _is_desc(desc: Any, depth: int = MAX_DEPTH) -> bool:
         size = desc.get("size")
         return type(size) is int and 0 <= size <= _MAX_LEAF
     return depth > 0 and type(parts) in (list, tuple) and all(_is_desc(part, depth - 1) for part in parts)
+
+
+def rules_of(message_type: type) -> dict[str, Rule]:
+    """Return the rules in the annotations of a message's fields, in their order; a payload has none."""
+    hints = get_type_hints(message_type, include_extras=True)
+    return {f.name: hints[f.name].__metadata__[0] for f in fields(message_type) if f.name != "payload"}
 
 
 def fits(descs: Sequence[Desc], nbytes: int) -> bool:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 from wire.fields import (
     Code,
@@ -40,6 +39,7 @@ from wire.fields import (
     Step,
     Steps,
     Versions,
+    rules_of,
 )
 
 Buffer = bytes | bytearray | memoryview | Any
@@ -289,12 +289,6 @@ class Bye(Message):
     reason: Sentence
 
 
-def _rules(message_type: type[Message]) -> dict[str, Rule]:
-    hints = get_type_hints(message_type, include_extras=True)
-    names = [f.name for f in dataclass_fields(message_type) if f.name != "payload"]
-    return {name: hints[name].__metadata__[0] for name in names}
-
-
 MESSAGE_TYPES: dict[str, type[Message]] = {
     t.kind: t
     for t in (
@@ -302,4 +296,4 @@ MESSAGE_TYPES: dict[str, type[Message]] = {
         *(Commit, Committed, Abort, Save, Saved, Ping, Pong, Error, Bye),
     )
 }
-RULES: dict[type[Message], dict[str, Rule]] = {t: _rules(t) for t in MESSAGE_TYPES.values()}
+RULES: dict[type[Message], dict[str, Rule]] = {t: rules_of(t) for t in MESSAGE_TYPES.values()}

@@ -432,7 +432,7 @@ async def test_record_that_was_changed_on_the_way_ends_the_connection() -> None:
         await connection.receive()
         await connection.send(tensor_message(noise(100_000)))
         assert "TLS failed: decryption failed or bad record mac" in str(await ending.error)
-        with pytest.raises(ConnectionLost, match="TLS failed: .* bad record mac"):
+        with pytest.raises(ConnectionLost, match=r"TLS failed: .* bad record mac"):
             await connection.receive()
         await connection.close()
 
