@@ -86,7 +86,7 @@ class KilledTraining:
     def start_client(self) -> None:
         """Start it where it was, or anew where it has written nothing to go on from."""
         assert self._proxy is not None
-        common = ("--server", self._proxy.address, "--give-up-after", 60, "--save", self.saved)
+        common = ("--server", self._proxy.address, "--give-up-after", PATIENCE_S, "--save", self.saved)
         if any(self._checkpoints.glob("step-*")):
             self.resumed += 1
             self.client.start("--resume", self._checkpoints, *common, *IMPORTS)

@@ -30,7 +30,7 @@ import msgpack
 from wire.prelude import FIELDS, PRELUDE_SIZE, SPLIT
 
 UP, DOWN = "up", "down"
-WEIGHTS = {"cut": 4, "truncate": 3, "stall": 2, "delay": 3, "duplicate": 2, "blackhole": 1}
+WEIGHTS = {"cut": 3, "truncate": 2, "stall": 3, "delay": 4, "duplicate": 3, "blackhole": 1}
 LONG_STALLS = 0.2
 """So many stalls are longer than the heartbeat's timeout."""
 
@@ -149,11 +149,15 @@ class RandomFaults(Plan):
                 return Fault(kind)
 
 
+CONNECT_BYTES = 3000
+"""Greeting, resuming and the first heartbeats of a connection take about so many, in both directions."""
+
+
 def mean_gap(step_bytes: float, faults_a_step: float) -> float:
     """Return the mean gap for `RandomFaults` with which a run meets about so many faults in each of its steps.
 
-    A step that a fault interrupts is run again, and its bytes meet faults again: where fatal faults come every g bytes,
-    a step of B bytes is cut exp(B/g) - 1 times before it gets through.
+    A step that a fault interrupts is run again after a new connection was made, and these bytes meet faults too. Where
+    a try of n bytes is cut every g bytes, it is made exp(n/g) times until it comes through.
 
     Args:
         step_bytes: bytes of a step in both directions.
@@ -162,7 +166,8 @@ def mean_gap(step_bytes: float, faults_a_step: float) -> float:
     all_kinds = sum(WEIGHTS.values())
     fatal = WEIGHTS["cut"] + WEIGHTS["truncate"] + WEIGHTS["blackhole"] + LONG_STALLS * WEIGHTS["stall"]
     share = fatal / all_kinds
-    return share * step_bytes / math.log1p(share * faults_a_step)
+    a_try = step_bytes + share * CONNECT_BYTES * min(1.0, faults_a_step)
+    return share * a_try / math.log1p(share * faults_a_step)
 
 
 class CutBytes(Plan):

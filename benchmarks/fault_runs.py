@@ -30,7 +30,7 @@ TIMEOUT_S = 3 * HEARTBEAT_S
 NOTICES_SOON = ("--heartbeat", HEARTBEAT_S)
 PATIENCE_S = 600.0
 _COMMON = (
-    *("--image-size", "16", "--batch-size", "8", "--chunks", "2", "--threads", "1", "--eval-every", "0"),
+    *("--batch-size", "8", "--chunks", "2", "--threads", "1", "--eval-every", "0"),
     *("--train-limit", "64", "--test-limit", "8", "--memory-format", "contiguous"),
 )
 IMPORTS = ("--import", "dropout_model", "--import", "token_model")
@@ -53,8 +53,8 @@ class Job:
         return (*IMPORTS, *self.options, *_COMMON, "--steps", str(steps), "--seed", str(seed))
 
 
-_IMAGES = ("--model", "wide_net", "--cut", "stem", "--cut", "blocks")
-_TOKENS = ("--model", "token_net", "--cut", "embed", "--cut", "blocks")
+_IMAGES = ("--model", "wide_net", "--cut", "stem", "--cut", "blocks", "--image-size", "32")
+_TOKENS = ("--model", "token_net", "--cut", "embed", "--cut", "blocks", "--image-size", "16")
 _DECAY = "decay:rate=0.9,steps=10,iterations=5"
 JOBS = {
     job.chain: job
@@ -116,7 +116,7 @@ def train_to_end(
     address: str, job: Job, steps: int, seed: int, *options: object, within_s: float = PATIENCE_S
 ) -> Ended:
     """Run a client to its end."""
-    given = ("--give-up-after", "60", *job.arguments(steps, seed), *options)
+    given = ("--give-up-after", PATIENCE_S, *job.arguments(steps, seed), *options)
     with running("edge-client", "--server", address, *given) as client:
         return client.wait(within_s)
 

@@ -23,6 +23,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -98,15 +100,16 @@ class Report:
 def cuts(options: argparse.Namespace, report: Report) -> None:
     """Random faults in every training."""
     steps, faults = options.steps or 100, options.faults or (40 if options.quick else 200)
+
+    def once(chain: str, seed: int) -> Trial:
+        with server_for_faults() as (server, address):
+            quiet = quiet_run(address, JOBS[chain], steps, seed)
+            trial = faulty_run(address, JOBS[chain], quiet, steps=steps, seed=seed, faults=faults)
+            trial.problems += ["a traceback in the server's log"] if "Traceback" in server.err else []
+            return trial
+
     for chain in options.chains:
-        trials = []
-        for seed in options.seeds_of(20):
-            with server_for_faults() as (server, address):
-                quiet = quiet_run(address, JOBS[chain], steps, seed)
-                trial = faulty_run(address, JOBS[chain], quiet, steps=steps, seed=seed, faults=faults)
-                trial.problems += ["a traceback in the server's log"] if "Traceback" in server.err else []
-            report.trial(trial)
-            trials.append(trial)
+        trials = _each(options, report, partial(once, chain), 20)
         report.total(f"{chain}, {steps} steps, {faults} faults each, {_seeds(trials)}", trials)
 
 
@@ -130,14 +133,28 @@ def commit(options: argparse.Namespace, report: Report) -> None:
 def kills(options: argparse.Namespace, report: Report) -> None:
     """SIGKILL at random moments."""
     steps, times = options.steps or 200, options.faults or (8 if options.quick else 30)
+
+    def once(chain: str, seed: int) -> Trial:
+        with server_for_faults() as (_, address):
+            quiet = quiet_run(address, JOBS[chain], steps, seed)
+        return killed_run(JOBS[chain], quiet, steps=steps, seed=seed, kills=times)
+
     for chain in options.chains:
-        trials = []
-        for seed in options.seeds_of(5):
-            with server_for_faults() as (_, address):
-                quiet = quiet_run(address, JOBS[chain], steps, seed)
-            trials.append(killed_run(JOBS[chain], quiet, steps=steps, seed=seed, kills=times))
-            report.trial(trials[-1])
+        trials = _each(options, report, partial(once, chain), 5)
         report.total(f"{chain}, {steps} steps, {times} kills each, {_seeds(trials)}", trials)
+
+
+def _each(
+    options: argparse.Namespace, report: Report, once: Callable[[int], Trial], most: int
+) -> list[Trial]:
+    """Make a run of each seed, some at once: they wait for most of their time."""
+    trials = []
+    seeds = range(options.first_seed, options.first_seed + (options.seeds or (2 if options.quick else most)))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for trial in pool.map(once, seeds):
+            report.trial(trial)
+            trials.append(trial)
+    return trials
 
 
 def crowded(options: argparse.Namespace, report: Report) -> None:
@@ -259,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, help="of one training")
     parser.add_argument("--steps", type=int, help="of one training")
     parser.add_argument("--chains", nargs="+", choices=JOBS, default=list(CHAINS), metavar="CHAIN")
+    parser.add_argument("--jobs", type=int, default=4, help="runs at once, of cuts and kills")
     parser.add_argument("--minutes", type=float, help="of the crowd")
     parser.add_argument("--clients", type=int, help="of the crowd")
     parser.add_argument("--bytes", type=int, help="of noise")
@@ -266,8 +284,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--no-record", action="store_true", help="leave the results as they are")
     options = parser.parse_args(argv)
-    first = options.first_seed
-    options.seeds_of = lambda most: range(first, first + (options.seeds or (2 if options.quick else most)))
     failed = 0
     for table in options.tables:
         report, began = Report(), time.monotonic()
