@@ -161,7 +161,7 @@ def test_step_that_has_not_come_through_is_undone(tmp_path: Path) -> None:
         session = await built(spec_of("int8"))
         client = Client(session)
         await step(session, client, 1)
-        before = await session.weights()
+        before = {name: tensor.clone() for name, tensor in (await session.weights()).items()}
         passing = await all_chunks(session, client, 2)
         passing.encoded -= 1
         await session.suspend(passing)
@@ -177,7 +177,7 @@ def test_conclusion_is_carried_through_whoever_stops_waiting() -> None:
     async def cancelled() -> None:
         session = await built(spec_of("none"))
         client = Client(session)
-        before = await session.weights()
+        before = {name: tensor.clone() for name, tensor in (await session.weights()).items()}
         await all_chunks(session, client, 1)
 
         async def wait() -> None:
