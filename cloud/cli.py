@@ -10,7 +10,9 @@ from common.command import run_cli, run_command
 from wire.codecs.options import parse_size
 
 
-def _size(context: click.Context, option: click.Parameter, text: str) -> int:
+def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    if text is None:
+        return None
     size = parse_size(text)
     if size is None:
         raise click.BadParameter(f"{text!r} is no size; give a number of bytes, such as 500M or 16G")
@@ -29,6 +31,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--cpu", is_flag=True, help="Compute on the CPU.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing.  [default: one a core]")
 @click.option("--max-sessions", default=8, type=click.IntRange(1), help="Clients served at once.")
+@click.option(
+    "--memory-limit",
+    callback=_size,
+    metavar="SIZE",
+    help="Memory for all clients' sessions, such as 12G.  [default: most of what there is]",
+)
 @click.option(
     "--disk-limit",
     default="16G",
@@ -55,6 +63,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     metavar="SECONDS",
     help="Nothing is left of it after so long.",
 )
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Serve Prometheus metrics and a health check here over HTTP; 0 takes a free port.  [default: not]",
+)
+@click.option("--metrics-host", default="127.0.0.1", help="Address for that.")
 @click.option(
     "--heartbeat",
     default=5.0,
@@ -90,10 +104,13 @@ def cli(
     cpu: bool,
     threads: int | None,
     max_sessions: int,
+    memory_limit: int | None,
     disk_limit: int,
     state_dir: Path | None,
     park_after: float,
     forget_after: float,
+    metrics_port: int | None,
+    metrics_host: str,
     heartbeat: float,
     token_file: Path | None,
     tls_cert: Path | None,
@@ -151,10 +168,13 @@ def cli(
             gpu=None if cpu else first_gpu() if gpu is None else gpu,
             threads=threads,
             max_sessions=max_sessions,
+            memory_limit=memory_limit,
             disk_limit=disk_limit,
             state_dir=state_dir,
             park_after=park_after,
             forget_after=forget_after,
+            metrics_port=metrics_port,
+            metrics_host=metrics_host,
             heartbeat_s=heartbeat,
             security=security,
         )

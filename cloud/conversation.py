@@ -6,15 +6,17 @@ session comes to rest, and the server goes on.
 """
 
 import asyncio
+import time
 from typing import Any
 
 from cloud.device import Placed
+from cloud.monitoring import Monitor
 from cloud.passing import Passing
 from cloud.tenant import Tenant
 from common.driver import Driver
 from common.errors import IsthmusError
 from common.groups import first_error
-from common.lanes import DECODE, ENCODE
+from common.lanes import COMPUTE, DECODE, ENCODE
 from common.schedule import Action, cloud_schedule
 from common.traffic import Sent
 from wire.errors import RemoteProtocolError, StorageFailed
@@ -45,14 +47,16 @@ class Conversation:
     Args:
         connection: on which both ends know where they go on.
         tenant: whose session it is.
+        monitor: is told of steps.
 
     Attributes:
         said_bye: the client has ended it on purpose.
     """
 
-    def __init__(self, connection: Connection, tenant: Tenant) -> None:
+    def __init__(self, connection: Connection, tenant: Tenant, monitor: Monitor) -> None:
         self._connection = connection
         self._tenant = tenant
+        self._monitor = monitor
         self._aborted = -1
         self._passing: Passing | None = None
         self._sent = Sent()
@@ -62,6 +66,7 @@ class Conversation:
         self._asked_to_leave = self.said_bye = False
         assert tenant.session is not None
         self._session = tenant.session
+        self._counted = (0, 0, self._session.lanes.busy_s[COMPUTE])
         middle = self._session.middle
         if middle.needs_weights:
             self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
@@ -85,6 +90,7 @@ class Conversation:
         except ExceptionGroup as group:
             raise first_error(group, IsthmusError, RemoteProtocolError, StorageFailed) from None
         finally:
+            self._count()
             await asyncio.shield(self._session.suspend(self._passing))
 
     def leave(self, *, at_once: bool = False) -> None:
@@ -180,7 +186,7 @@ class Conversation:
                 cloud_schedule(message.chunks, evaluate=message.evaluate),
                 lambda action: self._perform(passing, action),
             ),
-            busy_before_s=self._busy_s(),
+            busy_before_s=session.busy_s(self._sent),
         )
         passing.driving = self._tasks.create_task(self._drive(passing))
         self._passing = passing
@@ -259,16 +265,9 @@ class Conversation:
 
     async def _confirm(self, passing: Passing, concluding: asyncio.Future[Any]) -> None:
         await asyncio.shield(concluding)  # the next step may have begun meanwhile
-        detail: dict[str, Any] = {
-            "busy_s": {
-                lane: seconds - passing.busy_before_s[lane] for lane, seconds in self._busy_s().items()
-            },
-            "mean_s": self._session.lanes.take_means(),
-            "sizes": self._sent.take_sizes(),
-            "rate_bit_s": self._sent.rate_bit_s,
-        }
-        if self._session.tracer.enabled:
-            detail["events"] = self._session.tracer.to_plain(clear=True)
+        self._monitor.stepped(time.monotonic() - passing.began_s)
+        self._count()
+        detail = self._session.detail(passing, self._sent)
         await self._connection.send(Committed(step=passing.step, detail=detail))
 
     async def _abort(self, message: Abort) -> None:
@@ -284,5 +283,12 @@ class Conversation:
             raise RemoteProtocolError(f"{what} of step {message.step}, which is not under way")
         return passing
 
-    def _busy_s(self) -> dict[str, float]:
-        return {**self._session.lanes.busy_s, "send": self._sent.busy_s}
+    def _count(self) -> None:
+        """Tell what has been carried and computed since this was told last."""
+        connection, busy_s = self._connection, self._session.lanes.busy_s[COMPUTE]
+        received, sent, computed_s = self._counted
+        self._counted = connection.received_bytes, connection.sent_bytes, busy_s
+        self._monitor.transferred(
+            received=connection.received_bytes - received, sent=connection.sent_bytes - sent
+        )
+        self._monitor.computed(busy_s - computed_s)

@@ -1,6 +1,7 @@
 """What the server keeps of one pass of chunks, a training step's or an evaluation's, while it is under way."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class Passing:
         facts: of each chunk that is in flight, for the codecs.
         encoded: answers that are ready to leave.
         in_flight: chunks that came forward and whose last answer has not left yet.
+        began_s: when it began, by `time.monotonic`.
         busy_before_s: seconds that each lane had been busy when it began.
     """
 
@@ -48,6 +50,7 @@ class Passing:
     facts: dict[int, Facts] = field(default_factory=dict)
     encoded: int = 0
     in_flight: int = 0
+    began_s: float = field(default_factory=time.monotonic)
     busy_before_s: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -4,13 +4,16 @@ import asyncio
 import contextlib
 import logging
 import shutil
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloud.conversation import Conversation
+from cloud.monitoring import Monitor
+from cloud.streams import GIB
 from cloud.tenant import Tenant
-from common.errors import IsthmusError
+from common.errors import IsthmusError, UserError
 from wire.transport import Connection
 
 logger = logging.getLogger(__name__)
@@ -33,18 +36,27 @@ class Refused(IsthmusError):
         super().__init__(message)
 
 
+class Crowded(Refused):
+    """There is no memory for a session while others have theirs."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("busy", message)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What sessions may take.
 
     Attributes:
         sessions: at work or at rest in memory.
+        memory_bytes: that all sessions in memory may take.
         disk_bytes: of disk that one client's codecs may take.
         park_s: seconds without a word from a client until its session leaves memory.
         forget_s: seconds until nothing is left of it.
     """
 
     sessions: int
+    memory_bytes: int
     disk_bytes: int
     park_s: float
     forget_s: float
@@ -71,18 +83,21 @@ class Register:
     Args:
         limits: what they may take.
         folder: where they are kept on disk; None for nowhere.
+        monitor: is told what happens.
 
     Attributes:
         tenants: by key; those in memory, and those on disk that were asked for.
         visits: by key; of the clients that are here.
     """
 
-    def __init__(self, limits: Limits, folder: Path | None) -> None:
+    def __init__(self, limits: Limits, folder: Path | None, monitor: Monitor) -> None:
         self.tenants: dict[bytes, Tenant] = {}
         self.visits: dict[bytes, Visit] = {}
         self.limits = limits
+        self.monitor = monitor
         self._folder = folder
         self._admission = asyncio.Lock()
+        self._memory = threading.Lock()
 
     def folder_of(self, key: bytes) -> Path | None:
         """Return where a session is kept on disk."""
@@ -92,7 +107,7 @@ class Register:
         """Return a session, in memory or on disk."""
         tenant = self.tenants.get(key)
         if tenant is None and self._folder is not None:
-            tenant = Tenant.found(key, self._folder / key.hex())
+            tenant = Tenant.found(key, self._folder / key.hex(), self.monitor)
         return tenant
 
     async def admit(self, tenant: Tenant) -> None:
@@ -105,13 +120,36 @@ class Register:
             await self._make_room()
             tenant.in_memory = True
 
+    def reserve(self, tenant: Tenant, nbytes: int) -> None:
+        """Take note of what a session takes in memory; in any thread.
+
+        Raises:
+            UserError: more than there is.
+            Crowded: others have too much of it now.
+        """
+        if nbytes > self.limits.memory_bytes:
+            raise UserError(
+                f"the job takes about {nbytes / GIB:.3g} GiB of the server's memory, and a client may have "
+                f"{self.limits.memory_bytes / GIB:.3g}: use more chunks or a lower --depth, smaller samples or batches"
+            )
+        with self._memory:
+            others = sum(other.memory_bytes for other in self.tenants.values() if other is not tenant)
+            if others + nbytes > self.limits.memory_bytes:
+                raise Crowded("the server's memory is taken by other clients; try later")
+            tenant.memory_bytes = nbytes
+
+    async def make_way(self) -> bool:
+        """Let a session go that nobody uses; False where there is none."""
+        resting = [tenant for tenant in self.tenants.values() if self._may_go(tenant)]
+        if resting:
+            await self._rest(min(resting, key=lambda tenant: tenant.touched_s))
+        return bool(resting)
+
     async def _make_room(self) -> None:
         """See that one more session may be in memory, at the cost of one that nobody uses."""
         while sum(tenant.in_memory for tenant in self.tenants.values()) >= self.limits.sessions:
-            resting = [tenant for tenant in self.tenants.values() if self._may_go(tenant)]
-            if not resting:
+            if not await self.make_way():
                 raise Refused("busy", f"the server already serves {self.limits.sessions} clients; try later")
-            await self._rest(min(resting, key=lambda tenant: tenant.touched_s))
 
     def _may_go(self, tenant: Tenant) -> bool:
         """Whether a session may leave memory where another needs the room."""
@@ -133,6 +171,11 @@ class Register:
                     "session %s is parked after %.0f s without its client", tenant.name, tenant.idle_s
                 )
 
+    def count(self) -> None:
+        """Tell how many sessions there are."""
+        parked = sum(tenant.session is None for tenant in self.tenants.values())
+        self.monitor.set_sessions(active=len(self.visits), parked=parked)
+
     async def sweep(self) -> None:
         """Park and forget, for ever, what its clients have left."""
         while True:
@@ -141,6 +184,7 @@ class Register:
                     await self._sweep(tenant)
                 except IsthmusError as error:
                     logger.error("session %s cannot be parked: %s", tenant.name, error)
+            self.count()
             await asyncio.to_thread(self._forget_old)
             await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
 

@@ -14,16 +14,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloud.device import Device
+from cloud.endpoint import monitoring_endpoint
+from cloud.monitoring import Monitor
 from cloud.register import Limits, Register
 from cloud.security import Security
 from cloud.service import Service
 from common.errors import IsthmusError, UserError
-from common.runtime import default_threads
+from common.runtime import default_threads, machine_bytes
 from wire.config import WireConfig
-from wire.errors import ConnectFailed, ConnectionLost, PeerError, StorageFailed, WireError
+from wire.errors import (
+    AuthenticationFailed,
+    ConnectFailed,
+    ConnectionLost,
+    PeerError,
+    StorageFailed,
+    TokenMissing,
+    WireError,
+)
 from wire.transport import Connection, Server, serve
 
 logger = logging.getLogger(__name__)
+
+_REASONS = {
+    "busy": "capacity",
+    "draining": "draining",
+    "unknown_session": "other",
+    "wrong_secret": "authentication",
+}
+
+MEMORY_SHARE = 0.85
+"""Of the memory that there is, for sessions, unless something else is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +56,14 @@ class ServerConfig:
         gpu: index of the GPU to compute on; None for the CPU.
         threads: torch's threads for computing; None for one a core.
         max_sessions: clients' sessions in memory at once; more are refused.
+        memory_limit: bytes of memory (of the GPU's, where there is one) that all sessions may take; None for most of
+            what there is.
         disk_limit: bytes of disk that one client's codecs may take.
         state_dir: where sessions are kept, so that they outlive this process; None for nowhere.
         park_after: seconds without a word from a client until its session leaves memory for `state_dir`.
         forget_after: seconds until nothing is left of it.
+        metrics_port: port of Prometheus metrics and the health endpoint; None for none, 0 for a free one.
+        metrics_host: address that it listens on.
         drain_s: seconds that steps under way have to end when the server is told to.
         heartbeat_s: seconds between heartbeats; after three without a byte a client counts as lost.
         security: who may connect, and how.
@@ -50,10 +74,13 @@ class ServerConfig:
     gpu: int | None = None
     threads: int | None = None
     max_sessions: int = 8
+    memory_limit: int | None = None
     disk_limit: int = 16 << 30
     state_dir: Path | None = None
     park_after: float = 600.0
     forget_after: float = 7 * 24 * 3600.0
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
     drain_s: float = 60.0
     heartbeat_s: float = 5.0
     security: Security = field(default_factory=Security)
@@ -72,16 +99,23 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
     device = Device(config.gpu)
     limits = Limits(
         sessions=config.max_sessions,
+        memory_bytes=config.memory_limit or int(MEMORY_SHARE * machine_bytes(config.gpu)),
         disk_bytes=config.disk_limit,
         park_s=config.park_after,
         forget_s=config.forget_after,
     )
+    monitor = Monitor(device.name)
     with claimed(config.state_dir) as folder:
-        register = Register(limits, folder)
+        register = Register(limits, folder, monitor)
         service = Service(device, config.threads or default_threads(), register)
 
+        def refused(error: WireError) -> None:
+            if isinstance(error, AuthenticationFailed | TokenMissing):
+                monitor.authentication_failed()
+            monitor.refused("authentication" if isinstance(error, AuthenticationFailed) else "protocol")
+
         async def on_connection(connection: Connection) -> None:
-            await _serve_one(connection, service)
+            await _serve_one(connection, service, monitor)
 
         wire = WireConfig(
             device=device.name,
@@ -91,17 +125,29 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         )
         wire = config.security.apply(wire)
         try:
-            server = await serve(config.host, config.port, on_connection, wire)
+            server = await serve(config.host, config.port, on_connection, wire, refused)
         except ConnectFailed as error:
             raise UserError(f"cannot listen on {config.host}:{config.port}: {error.reason}") from error
         sweeping = asyncio.create_task(register.sweep())
         try:
-            yield server
+            async with _watched(monitor, config):
+                yield server
         finally:
             sweeping.cancel()
             server.stop_listening()
             await service.drain(config.drain_s)
             await server.close()
+
+
+@asynccontextmanager
+async def _watched(monitor: Monitor, config: ServerConfig) -> AsyncIterator[None]:
+    """Answer those who watch over the server, where that is asked for."""
+    if config.metrics_port is None:
+        yield
+        return
+    async with monitoring_endpoint(monitor, config.metrics_port, host=config.metrics_host) as (host, port):
+        logger.info("metrics and health at http://%s:%d/metrics and /health", host, port)
+        yield
 
 
 @contextmanager
@@ -128,13 +174,16 @@ def claimed(folder: Path | None) -> Iterator[Path | None]:
         os.close(lock)
 
 
-async def _serve_one(connection: Connection, service: Service) -> None:
+async def _serve_one(connection: Connection, service: Service, monitor: Monitor) -> None:
     logger.info("%s: connected", connection.peer)
+    monitor.connected()
     try:
         await service.attend(connection)
     except IsthmusError as error:
         logger.warning("%s: refused: %s", connection.peer, error)
-        await connection.fail(getattr(error, "code", "refused"), str(error))
+        code = getattr(error, "code", "refused")
+        monitor.refused(_REASONS.get(code, "job"))
+        await connection.fail(code, str(error))
     except StorageFailed as error:
         logger.error("%s: %s", connection.peer, error)
         await connection.fail("refused", f"the server cannot go on: {error}")
@@ -144,6 +193,7 @@ async def _serve_one(connection: Connection, service: Service) -> None:
         logger.warning("%s: %s", connection.peer, error)
     except WireError as error:
         logger.warning("%s: broke the protocol: %s", connection.peer, error)
+        monitor.refused("protocol")
         await connection.fail(getattr(error, "code", "protocol_error"), str(error))
     else:
         logger.info("%s: done", connection.peer)

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+from functools import partial
 
 import torch
 
 from cloud.conversation import Conversation
 from cloud.device import Device
 from cloud.meeting import meet
-from cloud.register import Refused, Register, Visit
+from cloud.register import Crowded, Refused, Register, Visit
 from cloud.session import Session
 from cloud.tenant import Tenant
 from cloud.turns import Turns
@@ -53,9 +54,10 @@ class Service:
                 tenant, ready = await self._resume(message, connection)
             case _:
                 raise RemoteProtocolError(f"expected open or resume, got {message.kind}")
-        conversation = Conversation(connection, tenant)
+        conversation = Conversation(connection, tenant, self._register.monitor)
         visit = Visit(connection, conversation, asyncio.Event())
         self._register.visits[tenant.key] = visit
+        self._register.count()
         tenant.lock.release()
         logger.info("%s: session %s after step %d", connection.peer, tenant.name, ready.step)
         try:
@@ -70,6 +72,7 @@ class Service:
             visit.gone.set()
             if self._register.visits[tenant.key] is visit:
                 del self._register.visits[tenant.key]
+                self._register.count()
                 await self._left(tenant, for_good=conversation.said_bye)
 
     async def _send_away(self, connection: Connection, tenant: Tenant) -> None:
@@ -90,7 +93,8 @@ class Service:
         if self.draining:
             raise Refused("draining", "the server is shutting down; come back later")
         spec = JobSpec.from_map(message.spec)
-        tenant = Tenant(message.session, message.secret, spec, self._register.folder_of(message.session))
+        folder = self._register.folder_of(message.session)
+        tenant = Tenant(message.session, message.secret, spec, folder, self._register.monitor)
         await tenant.lock.acquire()
         self._register.tenants[tenant.key] = tenant
         try:
@@ -157,6 +161,7 @@ class Service:
             assert tenant.checkpoints is not None
             await tenant.restore(meeting.step)
             await asyncio.to_thread(tenant.checkpoints.drop_after, meeting.step)
+        self._register.monitor.resumed("checkpoint" if meeting.stored else "memory")
         await session.meet(meeting.step, applied=message.applied, scale=message.scale)
 
     def _ready(self, tenant: Tenant) -> Ready:
@@ -175,15 +180,22 @@ class Service:
         """Build a session, where there is room for one more."""
         await self._register.admit(tenant)
         try:
-            tenant.session = await Session.build(
-                tenant.spec,
-                self._device,
-                self._turns,
-                threads=self._threads,
-                disk_limit=self._register.limits.disk_bytes,
-            )
-        finally:
-            tenant.in_memory = tenant.session is not None
+            while tenant.session is None:
+                try:
+                    tenant.session = await Session.build(
+                        tenant.spec,
+                        self._device,
+                        self._turns,
+                        threads=self._threads,
+                        disk_limit=self._register.limits.disk_bytes,
+                        reserve=partial(self._register.reserve, tenant),
+                    )
+                except Crowded:
+                    if not await self._register.make_way():
+                        raise
+        except BaseException:
+            await tenant.close()  # it has nothing, but may have reserved it
+            raise
 
     # Ending.
 
@@ -205,6 +217,7 @@ class Service:
             limit_s: seconds that steps under way are given.
         """
         self.draining = True
+        self._register.monitor.drain()
         visits = list(self._register.visits.values())
         for visit in visits:
             visit.conversation.leave()

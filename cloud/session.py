@@ -8,12 +8,13 @@ but one that only lacks the client's word is kept as *pending*, for the client m
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from cloud.device import Device, LaneStreams
-from cloud.middle import Middle
+from cloud.middle import Middle, Reserve
 from cloud.passing import Passing
 from cloud.streams import Streams, check_disk
 from cloud.turns import Turns
@@ -22,6 +23,7 @@ from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
 from common.snapshot import detached
 from common.spec import CUTS, JobSpec
 from common.trace import Tracer
+from common.traffic import Sent
 
 State = dict[str, Any]
 
@@ -67,7 +69,7 @@ class Session:
 
     @classmethod
     async def build(
-        cls, spec: JobSpec, device: Device, turns: Turns, *, threads: int, disk_limit: int
+        cls, spec: JobSpec, device: Device, turns: Turns, *, threads: int, disk_limit: int, reserve: Reserve
     ) -> "Session":
         """Build the middle of a job.
 
@@ -77,29 +79,33 @@ class Session:
             turns: of the sessions at it.
             threads: torch's threads for computing.
             disk_limit: bytes of disk that its codecs may take.
+            reserve: is told how many bytes of memory it will take, before it does; may refuse.
 
         Raises:
             UserError: the job cannot be done; says why.
         """
         session = cls(spec, device, turns, threads)
         try:
-            await session._build(disk_limit)
+            await session._build(disk_limit, reserve)
         except BaseException:
             await session.close()
             raise
         return session
 
-    async def _build(self, disk_limit: int) -> None:
-        self.middle = middle = await self.lanes.run(COMPUTE, "build", Middle, self.spec, self._device)
-        self.work = Work(middle, self._streams, self._share, self.spec.seed)
+    async def _build(self, disk_limit: int, reserve: Reserve) -> None:
+        self.middle = middle = await self.lanes.run(
+            COMPUTE, "build", partial(Middle, self.spec, self._device, reserve=reserve)
+        )
+        self.lanes.turn = self._share  # building takes long, and whoever is training does not wait for it
+        self.work = Work(middle, self._streams, self.spec.seed)
         self.training = self.new_streams()
         check_disk(self.spec.codecs, {c: middle.crossing(c, gradients=False) for c in CUTS}, disk_limit)
         self._resources.callback(self.training.close)
 
     async def close(self) -> None:
         """Give everything up, once what is being computed is done."""
-        await asyncio.to_thread(self.lanes.close)
         self._share.leave()
+        await asyncio.to_thread(self.lanes.close)
         self._resources.close()
 
     def new_streams(self) -> Streams:
@@ -155,6 +161,21 @@ class Session:
     def _training(self) -> list[tuple[str, Any]]:
         encoders, decoders = self.training.encoders.values(), self.training.decoders.values()
         return [*((ENCODE, stream) for stream in encoders), *((DECODE, stream) for stream in decoders)]
+
+    def busy_s(self, sent: Sent) -> dict[str, float]:
+        """Return the seconds that each lane has worked, and the connection was sending."""
+        return {**self.lanes.busy_s, "send": sent.busy_s}
+
+    def detail(self, passing: Passing, sent: Sent) -> State:
+        """Say how long a step took here, what it sent, and, for a trace, when; since this was said last."""
+        busy = {lane: s - passing.busy_before_s[lane] for lane, s in self.busy_s(sent).items()}
+        detail = {
+            "busy_s": busy,
+            "mean_s": self.lanes.take_means(),
+            "sizes": sent.take_sizes(),
+            "rate_bit_s": sent.rate_bit_s,
+        }
+        return {**detail, "events": self.tracer.to_plain(clear=True)} if self.tracer.enabled else detail
 
     async def suspend(self, passing: Passing | None) -> None:
         """Come to rest, after the connection and with it everything that waited for the lanes has gone.

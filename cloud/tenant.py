@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cloud.monitoring import Monitor
 from cloud.session import Session
 from common.checkpoints import CheckpointFolder
 from common.differences import check_same
@@ -41,24 +42,30 @@ class Tenant:
         secret: what resuming takes.
         spec: the job.
         folder: where it is kept on disk; None for nowhere.
+        monitor: is told of checkpoints.
 
     Attributes:
         session: at work or at rest; None while it is parked or not built yet.
         lock: whoever opens, resumes, parks or ends it holds this.
         checkpoints: on disk; None where nothing is kept.
         in_memory: it is, or is being built.
+        memory_bytes: what it takes there.
         asked_to_save: the client has checkpoints of this session of its own.
         touched_s: when the client was last heard of, by `time.monotonic`.
     """
 
-    def __init__(self, key: bytes, secret: bytes, spec: JobSpec, folder: Path | None) -> None:
+    def __init__(
+        self, key: bytes, secret: bytes, spec: JobSpec, folder: Path | None, monitor: Monitor
+    ) -> None:
         self.key, self.secret, self.spec = key, secret, spec
         self.session: Session | None = None
         self.lock = asyncio.Lock()
         self.checkpoints: CheckpointFolder | None = None
         self.asked_to_save = self.in_memory = False
+        self.memory_bytes = 0
         self.touched_s = time.monotonic()
         self._folder = folder
+        self._monitor = monitor
         self._writing = asyncio.Lock()
         self._saving: set[asyncio.Task[None]] = set()
         if folder is not None:
@@ -106,13 +113,12 @@ class Tenant:
             ) from error
 
     @classmethod
-    def found(cls, key: bytes, folder: Path) -> "Tenant | None":
+    def found(cls, key: bytes, folder: Path, monitor: Monitor) -> "Tenant | None":
         """Find a session on disk; None where there is none that can be read."""
         try:
             description = json.loads((folder / _DESCRIPTION).read_text())
-            tenant = cls(
-                key, bytes.fromhex(description["secret"]), JobSpec.from_map(description["spec"]), folder
-            )
+            secret, spec = bytes.fromhex(description["secret"]), JobSpec.from_map(description["spec"])
+            tenant = cls(key, secret, spec, folder, monitor)
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
         tenant.asked_to_save = True
@@ -151,7 +157,12 @@ class Tenant:
         if self.checkpoints is None:
             raise IsthmusError("the server keeps no checkpoints; start cloud-server with --state-dir")
         async with self._writing:
-            await asyncio.to_thread(self.checkpoints.write, step, state, self._about())
+            began_s, ok = time.monotonic(), False
+            try:
+                await asyncio.to_thread(self.checkpoints.write, step, state, self._about())
+                ok = True
+            finally:
+                self._monitor.checkpoint_written(time.monotonic() - began_s, ok=ok)
             if keep is not None:
                 await asyncio.to_thread(self.checkpoints.prune, keep)
 
@@ -179,9 +190,10 @@ class Tenant:
     async def close(self) -> None:
         """Give up what is in memory."""
         await self.saved()
-        session, self.session, self.in_memory = self.session, None, False
+        session, self.session = self.session, None
         if session is not None:
             await session.close()
+        self.in_memory, self.memory_bytes = False, 0
 
     def forget(self) -> None:
         """Remove what is on disk."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from cloud.device import LaneStreams, Placed
 from cloud.middle import UNKNOWN, Middle
 from cloud.passing import Passing
-from cloud.turns import Share
 from common.errors import IsthmusError
 from common.schedule import Action
 from common.seeding import derive_seed
@@ -29,14 +28,12 @@ class Work:
     Args:
         middle: what is trained.
         streams: the lanes' CUDA streams.
-        share: of the device; what computes takes turns with other sessions'.
         seed: the run's.
     """
 
-    def __init__(self, middle: Middle, streams: LaneStreams, share: Share, seed: int) -> None:
+    def __init__(self, middle: Middle, streams: LaneStreams, seed: int) -> None:
         self._middle = middle
         self._streams = streams
-        self._share = share
         self._seed = seed
 
     def decode(self, passing: Passing, message: Forward | Backward, cut: int) -> Placed:
@@ -70,22 +67,21 @@ class Work:
         """Run a chunk forward; the second result is None."""
         stage = self._middle.stage
         run = stage.evaluate if passing.evaluate else partial(stage.forward, passing.step, action.chunk)
-        with self._share, _enough_memory():
+        with _enough_memory():
             return self._streams.compute(run, placed), None
 
     def backward(self, passing: Passing, action: Action, placed: Placed) -> tuple[Placed, float | None]:
         """Run a chunk backward; with the last one goes the sum of squares of all gradients."""
-        with self._share:
-            with _enough_memory():
-                results = self._streams.compute(partial(self._middle.backward, action.chunk), placed)
-            if action.chunk != passing.chunks - 1:
-                return results, None
-            with self._streams.computing():
-                return results, self._middle.finish_gradients()
+        with _enough_memory():
+            results = self._streams.compute(partial(self._middle.backward, action.chunk), placed)
+        if action.chunk != passing.chunks - 1:
+            return results, None
+        with self._streams.computing():
+            return results, self._middle.finish_gradients()
 
     def between(self, work: Callable[..., T], *args: object) -> T:
         """Run what begins or ends a step, or reads or loads the weights, in order with what chunks compute."""
-        with self._share, self._streams.computing():
+        with self._streams.computing():
             return work(*args)
 
     def encode(

@@ -41,6 +41,8 @@ def may_pass(error: WireError) -> bool:
 
 def is_odd(error: WireError) -> bool:
     """Whether it looks like a damaged stream, or like a defect, rather than like a lost connection."""
+    if isinstance(error, ConnectFailed):
+        return error.final
     return isinstance(error, PeerError | RemoteProtocolError) and error.code not in _PASSING
 
 

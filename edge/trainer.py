@@ -109,14 +109,10 @@ class Trainer:
                 self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
             raise TrainingStopped(f"{stopped}; {kept(self._config, self.steps)}") from stopped
+        records = self._records
+        scores = {"loss": records.loss, "accuracy": records.accuracy, "mcc": records.mcc}
         return TrainResult(
-            steps=self.steps,
-            total_steps=self.total_steps,
-            loss=self._records.loss,
-            accuracy=self._records.accuracy,
-            mcc=self._records.mcc,
-            summary=summary,
-            state=state,
+            steps=self.steps, total_steps=self.total_steps, summary=summary, state=state, **scores
         )
 
     async def _use(

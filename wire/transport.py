@@ -42,6 +42,7 @@ _HTTP_S = 2.0  # for an answer to an HTTP request, where none came to a hello
 
 T = TypeVar("T")
 OnConnection = Callable[["Connection"], Awaitable[None]]
+OnRefused = Callable[[WireError], None]
 logger = logging.getLogger("isthmus.wire")
 
 
@@ -233,8 +234,9 @@ class Server:
         port: the port it listens on.
     """
 
-    def __init__(self, on_connection: OnConnection, config: WireConfig) -> None:
+    def __init__(self, on_connection: OnConnection, config: WireConfig, on_refused: OnRefused) -> None:
         self._on_connection = on_connection
+        self._on_refused = on_refused
         self._config = config
         self._limiter = AttemptLimiter() if config.token is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -284,6 +286,7 @@ class Server:
     def _begin(self, connection: Connection) -> None:
         if connection._channel.failure is not None:
             logger.info("no session with %s: %s", connection.peer, connection._channel.failure)
+            self._on_refused(connection._channel.failure)
             return
         if len(self._tasks) >= self._config.max_connections:
             connection._channel.leave(
@@ -312,7 +315,11 @@ class Server:
 
 
 async def serve(
-    host: str, port: int, on_connection: OnConnection, config: WireConfig | None = None
+    host: str,
+    port: int,
+    on_connection: OnConnection,
+    config: WireConfig | None = None,
+    on_refused: OnRefused = lambda error: None,
 ) -> Server:
     """Listen, and run `on_connection` for every connection that has said hello.
 
@@ -324,11 +331,12 @@ async def serve(
         port: port to listen on; 0 takes a free one.
         on_connection: what to do with a connection.
         config: settings.
+        on_refused: is told why a connection came to nothing before it was welcomed.
 
     Raises:
         ConnectFailed: the address cannot be listened on.
     """
-    server = Server(on_connection, config or WireConfig())
+    server = Server(on_connection, config or WireConfig(), on_refused)
     try:
         await server._listen(host, port)
     except OSError as error:

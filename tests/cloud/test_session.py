@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dropout_model  # noqa: F401  (registers its model)
 from cloud.device import Device
+from cloud.monitoring import Monitor
 from cloud.passing import Passing
 from cloud.session import Session
 from cloud.tenant import Tenant
@@ -39,7 +40,9 @@ CHAINS = ["none", "lowrank:2+int8", "topk:0.2,feedback", "delta+int4"]
 
 
 async def built(spec: Any) -> Session:
-    return await Session.build(spec, Device(None), Turns(), threads=1, disk_limit=1 << 34)
+    return await Session.build(
+        spec, Device(None), Turns(), threads=1, disk_limit=1 << 34, reserve=lambda nbytes: None
+    )
 
 
 class Client:
@@ -136,7 +139,7 @@ def test_pending_step_is_applied_or_undone_as_the_client_has_it(
         await lost.suspend(passing)
         assert lost.pending == 3
         if parked:
-            tenant = Tenant(bytes(16), bytes(32), spec, tmp_path)
+            tenant = Tenant(bytes(16), bytes(32), spec, tmp_path, Monitor())
             tenant.session = lost
             await tenant.park()
             assert tenant.session is None

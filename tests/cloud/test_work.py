@@ -10,7 +10,6 @@ from cloud.device import Device, LaneStreams
 from cloud.middle import Middle
 from cloud.passing import Passing
 from cloud.streams import Streams
-from cloud.turns import Turns
 from cloud.work import Work
 from common.model_spec import ModelSpec
 from common.optim import OptimSpec
@@ -48,7 +47,7 @@ def passing(middle, committed, evaluate):
 def test_a_chunk_that_overtakes_the_commit_before_it_has_the_width_after_that_commit(evaluate):
     """Decoding has a lane of its own: the commit, which narrows the weights, may still wait to be computed."""
     middle = Middle(SPEC, Device(None))
-    work = Work(middle, LaneStreams(Device(None)), Turns().join(), seed=0)
+    work = Work(middle, LaneStreams(Device(None)), seed=0)
     for committed, width in enumerate((24, 12, 6, 6)):
         this = passing(middle, committed, evaluate)
         (tensor,) = work.decode(this, forward(middle, width), 1).tensors
@@ -74,6 +73,6 @@ class Recorded:
 
 def test_what_lies_between_chunks_runs_on_their_stream():
     streams = Recorded()
-    work = Work(None, streams, Turns().join(), seed=0)
+    work = Work(None, streams, seed=0)
     assert work.between(lambda scale: (streams.is_computing, scale), 0.5) == (True, 0.5)
     assert not streams.is_computing

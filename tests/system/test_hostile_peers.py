@@ -559,9 +559,11 @@ def test_silent_connections_do_not_keep_others_out(server: tuple[Command, str]) 
             one.close()
 
 
-def test_more_sessions_than_allowed_are_told_so() -> None:
-    with serving("--max-sessions", 1) as (_, address), Peer(address) as first:
+def test_more_sessions_than_allowed_are_told_so(job: Job) -> None:
+    with serving("--max-sessions", 1, "--import", "dropout_model") as (_, address), Peer(address) as first:
         first.greet()
+        first.open(job.spec.to_map())
         with Peer(address) as second:
             second.greet()
+            second.send(Open(os.urandom(16), os.urandom(32), job.spec.to_map()))
             assert second.error().code == "busy"
