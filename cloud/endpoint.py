@@ -57,7 +57,7 @@ async def monitoring_endpoint(
         ) from error
     try:
         where = server.sockets[0].getsockname()
-        _log.info("metrics and health on http://%s:%d", where[0], where[1])
+        _log.info("metrics and health at http://%s:%d/metrics and /health", where[0], where[1])
         yield where[0], where[1]
     finally:
         server.close()

@@ -13,7 +13,7 @@ from cloud.conversation import Conversation
 from cloud.monitoring import Monitor
 from cloud.streams import GIB
 from cloud.tenant import Tenant
-from common.errors import IsthmusError, UserError
+from common.errors import IsthmusError
 from wire.transport import Connection
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,13 @@ class Refused(IsthmusError):
     def __init__(self, code: str, message: str) -> None:
         self.code = code
         super().__init__(message)
+
+
+class TooLarge(Refused):
+    """A session takes more memory than all of them may have."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("refused", message)
 
 
 class Crowded(Refused):
@@ -124,13 +131,14 @@ class Register:
         """Take note of what a session takes in memory; in any thread.
 
         Raises:
-            UserError: more than there is.
+            TooLarge: more than there is.
             Crowded: others have too much of it now.
         """
         if nbytes > self.limits.memory_bytes:
-            raise UserError(
-                f"the job takes about {nbytes / GIB:.3g} GiB of the server's memory, and a client may have "
-                f"{self.limits.memory_bytes / GIB:.3g}: use more chunks or a lower --depth, smaller samples or batches"
+            raise TooLarge(
+                f"the job takes about {nbytes / GIB:.3g} GiB of the server's memory, and there are "
+                f"{self.limits.memory_bytes / GIB:.3g} GiB for it: use more chunks or a lower --depth, smaller samples "
+                "or batches"
             )
         with self._memory:
             others = sum(other.memory_bytes for other in self.tenants.values() if other is not tenant)
@@ -149,7 +157,10 @@ class Register:
         """See that one more session may be in memory, at the cost of one that nobody uses."""
         while sum(tenant.in_memory for tenant in self.tenants.values()) >= self.limits.sessions:
             if not await self.make_way():
-                raise Refused("busy", f"the server already serves {self.limits.sessions} clients; try later")
+                raise Refused(
+                    "busy",
+                    f"the server already serves as many clients as it may ({self.limits.sessions}); try later",
+                )
 
     def _may_go(self, tenant: Tenant) -> bool:
         """Whether a session may leave memory where another needs the room."""

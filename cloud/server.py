@@ -16,7 +16,7 @@ from pathlib import Path
 from cloud.device import Device
 from cloud.endpoint import monitoring_endpoint
 from cloud.monitoring import Monitor
-from cloud.register import Limits, Register
+from cloud.register import Crowded, Limits, Register, TooLarge
 from cloud.security import Security
 from cloud.service import Service
 from common.errors import IsthmusError, UserError
@@ -39,8 +39,14 @@ _REASONS = {
     "busy": "capacity",
     "draining": "draining",
     "unknown_session": "other",
+    "no_common_step": "other",
+    "session_exists": "authentication",
     "wrong_secret": "authentication",
+    "wrong_token": "authentication",
+    "no_token": "authentication",
+    "too_many_attempts": "rate",
 }
+"""Why a client was refused, as metrics have it, by the code of the error."""
 
 MEMORY_SHARE = 0.85
 """Of the memory that there is, for sessions, unless something else is asked for."""
@@ -112,7 +118,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         def refused(error: WireError) -> None:
             if isinstance(error, AuthenticationFailed | TokenMissing):
                 monitor.authentication_failed()
-            monitor.refused("authentication" if isinstance(error, AuthenticationFailed) else "protocol")
+            monitor.refused(_REASONS.get(getattr(error, "code", ""), "protocol"))
 
         async def on_connection(connection: Connection) -> None:
             await _serve_one(connection, service, monitor)
@@ -131,11 +137,13 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         sweeping = asyncio.create_task(register.sweep())
         try:
             async with _watched(monitor, config):
-                yield server
+                try:
+                    yield server
+                finally:  # still watched: whoever asks is told that the server drains
+                    server.stop_listening()
+                    await service.drain(config.drain_s)
         finally:
             sweeping.cancel()
-            server.stop_listening()
-            await service.drain(config.drain_s)
             await server.close()
 
 
@@ -145,8 +153,7 @@ async def _watched(monitor: Monitor, config: ServerConfig) -> AsyncIterator[None
     if config.metrics_port is None:
         yield
         return
-    async with monitoring_endpoint(monitor, config.metrics_port, host=config.metrics_host) as (host, port):
-        logger.info("metrics and health at http://%s:%d/metrics and /health", host, port)
+    async with monitoring_endpoint(monitor, config.metrics_port, host=config.metrics_host):
         yield
 
 
@@ -182,7 +189,7 @@ async def _serve_one(connection: Connection, service: Service, monitor: Monitor)
     except IsthmusError as error:
         logger.warning("%s: refused: %s", connection.peer, error)
         code = getattr(error, "code", "refused")
-        monitor.refused(_REASONS.get(code, "job"))
+        monitor.refused("memory" if isinstance(error, Crowded | TooLarge) else _REASONS.get(code, "job"))
         await connection.fail(code, str(error))
     except StorageFailed as error:
         logger.error("%s: %s", connection.peer, error)

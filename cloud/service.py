@@ -22,6 +22,10 @@ from wire.transport import Connection
 
 logger = logging.getLogger(__name__)
 
+_UNKNOWN = (
+    "the server does not know this session any more; start it with the --state-dir it had, or begin a new run"
+)
+
 
 class Service:
     """The sessions of one server.
@@ -111,7 +115,7 @@ class Service:
     async def _resume(self, message: Resume, connection: Connection) -> tuple[Tenant, Ready]:
         tenant = self._register.find(message.session)
         if tenant is None:
-            raise Refused("unknown_session", "the server does not know this session any more")
+            raise Refused("unknown_session", _UNKNOWN)
         assert connection.welcome is not None
         if not is_proof(message.mac, tenant.secret, RESUME, connection.welcome.nonce, tenant.key):
             raise Refused("wrong_secret", "the secret is not this session's")
@@ -139,7 +143,7 @@ class Service:
         saved = [] if tenant.checkpoints is None else await asyncio.to_thread(tenant.checkpoints.steps)
         if tenant.session is None:
             if not saved:
-                raise Refused("unknown_session", "the server does not know this session any more")
+                raise Refused("unknown_session", _UNKNOWN)
             await self._build(tenant)
             await tenant.restore(max(saved))
         session = tenant.session

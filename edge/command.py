@@ -42,7 +42,8 @@ def train_command(
             sys.stdout.write(f"{interrupted}\n")
             sys.exit(130)
     if result.steps < result.total_steps:
-        sys.stdout.write(f"stopped after step {result.steps} of {result.total_steps}\n")
+        hint = "" if config.checkpoint is None else f"; go on by edge-client --resume {config.checkpoint}"
+        sys.stdout.write(f"stopped after step {result.steps} of {result.total_steps}{hint}\n")
         sys.exit(130)
     accuracy = "" if result.accuracy is None else f", test accuracy {result.accuracy:.2%}"
     sys.stdout.write(f"done: {result.steps} steps{accuracy}\n")
@@ -74,8 +75,11 @@ async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> Tra
     except asyncio.CancelledError:
         if not trainer.training:
             raise Interrupted("stopped before the first step") from None
+        kept = "nothing was saved"
+        if config.checkpoint is not None:
+            kept = f"go on from the last checkpoint by edge-client --resume {config.checkpoint}"
         raise Interrupted(
-            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; nothing was saved"
+            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; {kept}"
         ) from None
 
 

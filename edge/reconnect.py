@@ -39,11 +39,16 @@ def may_pass(error: WireError) -> bool:
             return isinstance(error, ConnectionLost | ConnectFailed)
 
 
+def is_turned_away(error: WireError) -> bool:
+    """Whether the server is there and well, and cannot serve this client now."""
+    return isinstance(error, PeerError) and error.code in _PASSING
+
+
 def is_odd(error: WireError) -> bool:
     """Whether it looks like a damaged stream, or like a defect, rather than like a lost connection."""
     if isinstance(error, ConnectFailed):
         return error.final
-    return isinstance(error, PeerError | RemoteProtocolError) and error.code not in _PASSING
+    return isinstance(error, PeerError | RemoteProtocolError) and not is_turned_away(error)
 
 
 class Patience:

@@ -173,11 +173,12 @@ def read_settings(path: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, 
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {path}: {_SETTINGS} in it is damaged") from error
     for name, value in changes.items():
-        if name not in MAY_CHANGE and value != settings.get(name):
-            option = name.replace("_", "-")
+        given, its = (value.absolute() if isinstance(value, Path) else value), settings.get(name)
+        if name not in MAY_CHANGE and given != its:
+            option = "cut" if name == "cuts" else name.replace("_", "-")
             raise UserError(
-                f"--{option} is {settings.get(name)} in the run in {path}, and {value} was given; a run goes on as "
-                "it began: leave the option out, or start a new run"
+                f"--{option} is {_said(its)} in the run in {path}, and {_said(given)} was given; a run goes on as it "
+                "began: leave the option out, or start a new run"
             )
     return TrainConfig(**{**settings, **changes, "checkpoint": path}), key
 
@@ -191,6 +192,12 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
         name: str(value.absolute()) if isinstance(value, Path) else value
         for name, value in asdict(config).items()
     }
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "left out"
+    return "left out" if value is None else str(value)
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -10,7 +10,7 @@ from common.trace import Tracer
 from edge.config import TrainConfig, parse_address
 from edge.link import Link, open_link
 from edge.progress import Progress
-from edge.reconnect import Patience, may_pass
+from edge.reconnect import Patience, is_turned_away, may_pass
 from edge.security import wire_config
 from wire.errors import ConnectionLost, WireError
 
@@ -99,7 +99,12 @@ class Supervisor:
             raise self._final(error) if hopeful else error
         if self._lost_s is None:
             self._lost_s = time.monotonic()
-            self._progress.note(f"the link was lost {self._where()}: {error}; trying again")
+            what = (
+                "the server cannot take this run now"
+                if is_turned_away(error)
+                else f"the link was lost {self._where()}"
+            )
+            self._progress.note(f"{what}: {error}; trying again")
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), wait_s)
             raise self._final(error)

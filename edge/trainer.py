@@ -147,7 +147,11 @@ class Trainer:
     async def _ask_for(self, job: Job, link: Link) -> Ready:
         if self._key is None:
             self._key = SessionKey.new()
-            ready = await link.open(self._key, job.spec)
+            try:
+                ready = await link.open(self._key, job.spec)
+            except PeerError:
+                self._key = None  # it was refused: there is no session to come back to
+                raise
             if self._folder is not None and ready.saves:
                 self._folder.write_settings(self._config, self._key)
             return ready
