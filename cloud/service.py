@@ -141,7 +141,8 @@ class Service:
     async def _meet(self, tenant: Tenant, message: Resume) -> None:
         """Bring a session to where both ends can go on."""
         saved = [] if tenant.checkpoints is None else await asyncio.to_thread(tenant.checkpoints.steps)
-        if tenant.session is None:
+        was_stored = tenant.session is None
+        if was_stored:
             if not saved:
                 raise Refused("unknown_session", _UNKNOWN)
             await self._build(tenant)
@@ -157,15 +158,18 @@ class Service:
             saved=saved,
         )
         if meeting is None:
-            ours = ", ".join(map(str, saved)) or "none"
+            theirs, ours = (
+                ", ".join(map(str, sorted(steps)[-5:])) or "none" for steps in (message.saved, saved)
+            )
             raise Refused(
-                "no_common_step", f"client and server have no checkpoint of the same step; here are: {ours}"
+                "no_common_step",
+                f"client and server have no checkpoint of the same step: the client has {theirs}, the server {ours}",
             )
         if meeting.stored:
             assert tenant.checkpoints is not None
             await tenant.restore(meeting.step)
             await asyncio.to_thread(tenant.checkpoints.drop_after, meeting.step)
-        self._register.monitor.resumed("checkpoint" if meeting.stored else "memory")
+        self._register.monitor.resumed("checkpoint" if was_stored or meeting.stored else "memory")
         await session.meet(meeting.step, applied=message.applied, scale=message.scale)
 
     def _ready(self, tenant: Tenant) -> Ready:
@@ -238,5 +242,5 @@ class Service:
                     if tenant.session is not None and tenant.checkpoints is not None:
                         await tenant.park()
                 except IsthmusError as error:
-                    logger.error("session %s is lost: %s", tenant.name, error)
+                    logger.error("session %s is not kept as it stands: %s", tenant.name, error)
                 await tenant.close()
