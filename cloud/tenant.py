@@ -140,7 +140,7 @@ class Tenant:
         """Write a checkpoint of the session between two steps, as it stands with this call.
 
         Args:
-            keep: a step whose checkpoint stays, and so do later ones; None to remove nothing.
+            keep: a step whose checkpoint stays, besides the last few; None to remove nothing.
         """
         assert self.session is not None
         self.asked_to_save = self.asked_to_save or keep is not None

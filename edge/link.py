@@ -152,7 +152,7 @@ class Link:
 
         Args:
             step: the last one concluded.
-            keep: a step whose checkpoint the server never removes, nor any later one.
+            keep: a step whose checkpoint the server does not remove.
         """
         answer = self._saving[step] = asyncio.get_running_loop().create_future()
         await self.send(Save(step=step, keep=keep))

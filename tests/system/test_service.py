@@ -133,6 +133,7 @@ def test_server_is_watched_while_it_trains_and_while_it_drains(quiet: Quiet, tmp
         ended = first.wait()
         assert ended.status == 0, ended
         assert "Traceback" not in ended.err
+        slow.delay_s = 0.0  # of the connections to come
         with serving(*LIBRARY, "--port", port, "--state-dir", state, "--metrics-port", 0) as (second, _):
             until(lambda: metric(second, 'resumes_total{source="checkpoint"}') == 1, second)
             done(client.wait())

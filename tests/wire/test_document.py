@@ -79,8 +79,9 @@ def test_phases_and_what_may_be_said_in_them_are_listed() -> None:
 def test_every_code_of_an_error_is_listed() -> None:
     listed = {code for row in table(section("Errors")) for code in quoted(row[0])}
     codes = {cls.code for cls in [RemoteProtocolError, *RemoteProtocolError.__subclasses__()]}
-    of_sessions = {"unknown_session", "wrong_secret", "no_common_step"}
-    assert listed == codes | of_sessions | {"refused", "busy", "internal_error", "tls_wanted"}
+    of_sessions = {"unknown_session", "wrong_secret", "no_common_step", "session_exists"}
+    of_servers = {"refused", "busy", "draining", "stopped", "internal_error", "tls_wanted"}
+    assert listed == codes | of_sessions | of_servers
 
 
 def test_rules_of_priority_name_every_message() -> None:
