@@ -1,7 +1,9 @@
 """Metrics count what they are told, apart for each server, and have names that stay."""
 
 import json
+import re
 import threading
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -96,3 +98,12 @@ def test_health_tells_how_many_sessions_there_are_and_whether_more_are_welcome()
     is_well, text = monitor.health()
     assert not is_well
     assert json.loads(text)["status"] == "draining"
+
+
+def test_every_metric_and_reason_is_described():
+    text = (Path(__file__).parents[2] / "docs" / "operating.md").read_text(encoding="utf-8")
+    _, exposed = Monitor().metrics()
+    names = {line.split()[2] for line in exposed.decode().splitlines() if line.startswith("# TYPE isthmus_")}
+    described = set(re.findall(r"`(isthmus_\w+)", text))
+    assert {name for name in names if not name.endswith("_created")} == described
+    assert {*REFUSALS, "other"} == set(re.findall(r"^\| `(\w+)` \| [^|]*\|$", text, re.MULTILINE))
