@@ -93,7 +93,7 @@ class Trainer:
             TrainingStopped: training cannot go on; the last good weights are saved where a file was asked for.
             WireError: the link failed, for good.
         """
-        config = self._config
+        config, records = self._config, self._records
         if config.checkpoint is not None:
             self._folder = RunFolder(config.checkpoint, keep=config.keep_checkpoints)
             if self._key is None:
@@ -103,16 +103,14 @@ class Trainer:
             self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
             resources.callback(lanes.close)
             stopped, state = await self._supervisor.run(lambda link: self._use(link, resources))
-            summary = self._records.summary()
+            summary = records.summary()
             if config.trace is not None:
                 write_trace(self._tracer, config.trace)
                 self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
             raise TrainingStopped(f"{stopped}; {kept(self._config, self.steps)}") from stopped
-        records = self._records
-        scores = {"loss": records.loss, "accuracy": records.accuracy, "mcc": records.mcc}
         return TrainResult(
-            steps=self.steps, total_steps=self.total_steps, summary=summary, state=state, **scores
+            steps=self.steps, total_steps=self.total_steps, summary=summary, state=state, **records.scores
         )
 
     async def _use(
@@ -193,8 +191,8 @@ class Trainer:
         await self._folder.went_back(step)
         self._records.went_back(step)
         self._evaluations.went_back()
-        what = "the newest checkpoint that both sides have"
-        self._progress.note(f"going {'back' if self._remembers else 'on'} to step {step}, {what}")
+        way = "back" if self._remembers else "on"
+        self._progress.note(f"going {way} to step {step}, the newest checkpoint that both sides have")
         self._remembers = True
 
     async def _lost(self, link: Link | None) -> None:
