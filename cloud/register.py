@@ -14,9 +14,13 @@ from cloud.monitoring import Monitor
 from cloud.streams import GIB
 from cloud.tenant import Tenant
 from common.errors import IsthmusError, UserError
+from wire.errors import WireError
 from wire.transport import Connection
 
 logger = logging.getLogger(__name__)
+
+FAILURES = (IsthmusError, WireError, OSError)
+"""What may go wrong with one session, and is no reason to give up others."""
 
 _SWEEP_S = 5.0
 _MOST_UNUSED = 1000
@@ -133,17 +137,23 @@ class Register:
                 f"{self.limits.memory_bytes / GIB:.3g}: use more chunks or a lower --depth, smaller samples or batches"
             )
         with self._memory:
-            others = sum(other.memory_bytes for other in self.tenants.values() if other is not tenant)
+            # Listed at once, for the event loop's thread adds and removes some meanwhile.
+            others = sum(other.memory_bytes for other in list(self.tenants.values()) if other is not tenant)
             if others + nbytes > self.limits.memory_bytes:
                 raise Crowded("the server's memory is taken by other clients; try later")
             tenant.memory_bytes = nbytes
 
     async def make_way(self) -> bool:
-        """Let a session go that nobody uses; False where there is none."""
-        resting = [tenant for tenant in self.tenants.values() if self._may_go(tenant)]
-        if resting:
-            await self._rest(min(resting, key=lambda tenant: tenant.touched_s))
-        return bool(resting)
+        """Let a session go that nobody uses; False where there is none that can."""
+        for tenant in sorted(self.tenants.values(), key=lambda tenant: tenant.touched_s):
+            if self._may_go(tenant):
+                try:
+                    await self._rest(tenant)
+                except FAILURES as error:  # no fault of whoever needs the room
+                    logger.error("session %s cannot be parked: %s", tenant.name, error)
+                else:
+                    return True
+        return False
 
     async def _make_room(self) -> None:
         """See that one more session may be in memory, at the cost of one that nobody uses."""
@@ -155,7 +165,8 @@ class Register:
         """Whether a session may leave memory where another needs the room."""
         if tenant.session is None or tenant.key in self.visits or tenant.lock.locked():
             return False
-        return tenant.checkpoints is not None or tenant.idle_s > self.limits.park_s
+        is_kept = tenant.checkpoints is not None
+        return is_kept or not tenant.is_worth_keeping or tenant.idle_s > self.limits.park_s
 
     async def _rest(self, tenant: Tenant) -> None:
         """Park a session; one that is kept nowhere is lost."""
@@ -182,10 +193,13 @@ class Register:
             for tenant in list(self.tenants.values()):
                 try:
                     await self._sweep(tenant)
-                except IsthmusError as error:
+                except FAILURES as error:
                     logger.error("session %s cannot be parked: %s", tenant.name, error)
             self.count()
-            await asyncio.to_thread(self._forget_old)
+            try:
+                await asyncio.to_thread(self._forget_old)
+            except OSError as error:
+                logger.error("old sessions cannot be looked for: %s", error)
             await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
 
     async def _sweep(self, tenant: Tenant) -> None:
@@ -218,6 +232,6 @@ class Register:
 
     async def end(self, tenant: Tenant) -> None:
         """Give a session up whose client has nothing of it yet."""
-        self.tenants.pop(tenant.key, None)
         await tenant.close()
         tenant.forget()
+        self.tenants.pop(tenant.key, None)  # last: until nothing is left, nobody finds it again
