@@ -74,8 +74,10 @@ async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> Tra
     except asyncio.CancelledError:
         if not trainer.training:
             raise Interrupted("stopped before the first step") from None
+        folder = config.checkpoint
+        left = "nothing was saved" if folder is None else f"go on by edge-client --resume {folder}"
         raise Interrupted(
-            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; nothing was saved"
+            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; {left}"
         ) from None
 
 
