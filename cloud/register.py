@@ -206,7 +206,9 @@ class Register:
         visit = self.visits.get(tenant.key)
         if tenant.lock.locked() or tenant.idle_s < self.limits.park_s:
             return
-        if visit is not None:
+        if visit is not None and visit.connection.busy:
+            tenant.touch()  # a large message on a slow link
+        elif visit is not None:
             # Alive, but it trains nothing: it is told to come back, and the session is brought back then.
             visit.conversation.leave(at_once=True)
         elif tenant.idle_s > self.limits.forget_s:

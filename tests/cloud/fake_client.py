@@ -32,6 +32,7 @@ class Client:
     Attributes:
         sent: what the service has said.
         reads: set while the client takes what is sent.
+        busy: whether a message is on its way.
         ended: why the service ended the connection; None while it has not.
     """
 
@@ -45,6 +46,7 @@ class Client:
         self.sent: list[Message] = []
         self.reads = asyncio.Event()
         self.reads.set()
+        self.busy = False
         self.ended: str | None = None
         self._came = asyncio.Event()
         self._said: asyncio.Queue[Message | None] = asyncio.Queue()

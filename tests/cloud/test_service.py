@@ -301,6 +301,22 @@ def test_parking_again_and_again_leaves_no_more_checkpoints(spec: Any, tmp_path:
     run(test)
 
 
+def test_client_whose_message_is_on_its_way_for_long_is_not_sent_away(spec: Any) -> None:
+    async def test() -> None:
+        async with served(None, park_s=0.05) as serving:
+            client, attending = await serving.opened(spec)
+            client.busy = True
+            sweeping = asyncio.create_task(serving.register.sweep())
+            await asyncio.sleep(0.3)
+            assert not attending.done()
+            client.busy = False
+            await attending
+            assert client.ended == "nothing was done for long"
+            sweeping.cancel()
+
+    run(test)
+
+
 def chunk(serving: Serving, client: Client) -> Forward:
     """An evaluation's only chunk."""
     session = serving.register.tenants[client.key].session
