@@ -19,6 +19,8 @@ from wire.transport import Connection
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 5.0
+_LOST_S = 60.0
+"""A session that is kept nowhere may go after so long without its client, where another needs the room."""
 _MOST_UNUSED = 1000
 """Sessions on disk that are not in memory; the one that was not used for longest is forgotten first."""
 
@@ -155,7 +157,7 @@ class Register:
         """Whether a session may leave memory where another needs the room."""
         if tenant.session is None or tenant.key in self.visits or tenant.lock.locked():
             return False
-        return tenant.checkpoints is not None or tenant.idle_s > self.limits.park_s
+        return tenant.checkpoints is not None or tenant.idle_s > min(self.limits.park_s, _LOST_S)
 
     async def _rest(self, tenant: Tenant) -> None:
         """Park a session; one that is kept nowhere is lost."""
