@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloud.device import Device
+from cloud.register import Limits, Register
 from cloud.security import Security
-from cloud.service import Limits, Service
+from cloud.service import Service
 from common.errors import IsthmusError, UserError
 from common.runtime import default_threads
 from wire.config import WireConfig
@@ -76,7 +77,8 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         forget_s=config.forget_after,
     )
     with claimed(config.state_dir) as folder:
-        service = Service(device, config.threads or default_threads(), limits, folder)
+        register = Register(limits, folder)
+        service = Service(device, config.threads or default_threads(), register)
 
         async def on_connection(connection: Connection) -> None:
             await _serve_one(connection, service)
@@ -92,7 +94,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
             server = await serve(config.host, config.port, on_connection, wire)
         except ConnectFailed as error:
             raise UserError(f"cannot listen on {config.host}:{config.port}: {error.reason}") from error
-        sweeping = asyncio.create_task(service.sweep())
+        sweeping = asyncio.create_task(register.sweep())
         try:
             yield server
         finally:

@@ -74,6 +74,11 @@ class Tenant:
         """Seconds since the client was last heard of."""
         return time.monotonic() - self.touched_s
 
+    @property
+    def is_worth_keeping(self) -> bool:
+        """It has come further than to its first step, or its client counts on it."""
+        return self.asked_to_save or (self.session is not None and self.session.concluded > 0)
+
     def touch(self) -> None:
         """Take note that the client has been heard of."""
         self.touched_s = time.monotonic()

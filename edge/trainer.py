@@ -144,35 +144,36 @@ class Trainer:
             self._context = build_context(job, link, self._lanes, ready.memory_format)
             self._set_up(job, self._context, ready, resources)
         self._context.link = link
-        if ready.step != self.steps or not self._remembers:
+        if ready.step != self._context.outcome.step or not self._remembers:
             await self._go_back(job, self._context, ready.step)
         self._supervisor.taken_up()
 
     async def _ask_for(self, job: Job, link: Link) -> Ready:
         if self._key is None:
             self._key = SessionKey.new()
-            return await link.open(self._key, job.spec)
+            ready = await link.open(self._key, job.spec)
+            if self._folder is not None and ready.saves:
+                self._folder.write_settings(self._config, self._key)
+            return ready
         outcome = Outcome() if self._context is None else self._context.outcome
         saved = [] if self._folder is None else self._folder.steps
         try:
             return await link.resume(self._key, outcome if self._remembers else None, saved)
         except PeerError as error:
-            if error.code == "unknown_session" and self._context is None and self._remembers:
-                self._key = None  # what was asked for had not arrived
+            if error.code == "unknown_session" and self._remembers and outcome.step == 0:
+                self._key = None  # nothing is lost by asking anew
                 raise ConnectionLost("the server has not got the job yet") from error
             raise
 
     def _set_up(self, job: Job, context: Context, ready: Ready, resources: ExitStack) -> None:
         """Make what lasts from the first connection to the end of the run."""
         config = self._config
-        assert self._key is not None
         resources.callback(context.close)
         self._pipeline = Pipeline(context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16")
         self._feed = Feed(job, channels_last=ready.memory_format == "channels_last")
         self._tuner = Tuner(config.chunks, config.depth)
         self._evaluations = Evaluations(job, self._progress, lambda: self._supervisor.stopping)
         if self._folder is not None:
-            self._folder.write_settings(config, self._key)
             self._saves = Saves(self._folder, config.checkpoint_every, about(job), self._progress.note)
         self._records.open(job, resources, append=not self._remembers)
         self._progress.note(describe(job, ready))

@@ -279,7 +279,7 @@ class Channel:
             protocol.heartbeat(listening=listening)
             self._watch.check(
                 arriving=protocol.arriving and listening,
-                received_bytes=protocol.received_bytes,
+                received_bytes=protocol.received_bytes - protocol.heartbeat_bytes,
                 waiting=not self._sender.idle,
                 sent_bytes=self.sent_bytes,
                 unopened=protocol.role is Role.SERVER and protocol.phase is Phase.WELCOMED,
@@ -291,4 +291,4 @@ class Channel:
         self._send_replies()
 
     def _handshake_expired(self) -> None:
-        self.abort(ConnectionLost(f"the peer did not say hello within {self._config.handshake_s:g} s"))
+        self.abort(ConnectionLost(f"the peer did not greet within {self._config.handshake_s:g} s"))

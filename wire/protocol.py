@@ -104,6 +104,7 @@ class Protocol:
         greeting: answers what comes before the welcome, and the welcome.
         clock: round-trip time and offset of the peer's clock.
         received_bytes: bytes that came in so far, headers included.
+        heartbeat_bytes: those of them that were pings and pongs.
         replies: what is to be sent without the application's doing; `take_replies` empties it.
     """
 
@@ -118,7 +119,7 @@ class Protocol:
         self.welcome: Welcome | None = None
         self.greeting = Greeting(config)
         self.clock = ClockEstimate()
-        self.received_bytes = 0
+        self.received_bytes = self.heartbeat_bytes = 0
         self._clock_ns = clock_ns
         self._heard_ns = clock_ns()
         self._reader = FrameReader(HANDSHAKE_LIMITS, BufferPool(config.allocate))
@@ -201,6 +202,8 @@ class Protocol:
         while self.phase is not Phase.CLOSED and (frame := self._reader.next_frame()) is not None:
             message = decode(frame, self._check_kind)
             phase = self._may_receive[message.kind]
+            if type(message) in (Ping, Pong):
+                self.heartbeat_bytes += frame.size
             self._enter(phase, message)
             if not self._answer(message):
                 return message

@@ -70,7 +70,11 @@ class TlsStream:
         self._call_soon = call_soon
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = config.tls.wrap_bio(
-            self._incoming, self._outgoing, server_side=not self._is_client, server_hostname=host
+            self._incoming,
+            self._outgoing,
+            server_side=not self._is_client,
+            server_hostname=host
+            and host.partition("%")[0],  # a link-local address's interface is no part of it
         )
         self._buffer = memoryview(bytearray(_FIRST_BUFFER))
         self._paused = self._closing = self._eof = False

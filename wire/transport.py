@@ -173,13 +173,14 @@ class Connection(asyncio.BufferedProtocol):
         """Greet the peer."""
         stream = cast(asyncio.Transport, transport)
         stream.set_write_buffer_limits(high=0)
-        self.peer = spell_address(stream.get_extra_info("peername"))
+        address = stream.get_extra_info("peername")  # None where the peer has gone again
+        self.peer = spell_address(address)
         sock = stream.get_extra_info("socket")
         tune(sock)
         self._low_water, self._unsent = LowWater(sock), Unsent(sock)
         channel, delivered = self._channel, partial(delivery, sock)
         if self._limiter is not None:
-            channel.protocol.greeting.door = self._limiter.of(str(stream.get_extra_info("peername")[0]))
+            channel.protocol.greeting.door = self._limiter.of(str(address[0]) if address else "?")
         if self._config.tls is not None:
             tls = TlsStream(stream, channel, self._role, self._config, self._host, self._loop.call_soon)
             self._tls = tls
@@ -248,8 +249,11 @@ class Server:
         self._server.close()
 
     async def close(self, reason: str = "the server shuts down") -> None:
-        """Stop accepting, say bye to everybody and wait until their coroutines have returned."""
+        """Stop accepting, say bye to everybody who was welcomed and wait until their coroutines have returned."""
         self._server.close()
+        for stranger in [*self._strangers]:
+            if stranger._channel.failure is None:
+                stranger.abort()  # it may never say anything, and would be waited for
         await asyncio.gather(*(connection.close(reason) for connection in [*self._connections]))
         if self._tasks:
             await asyncio.wait(self._tasks)

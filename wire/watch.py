@@ -79,7 +79,7 @@ class Watch:
 
         Args:
             arriving: a frame of the peer's is in the middle, and this end reads.
-            received_bytes: that came so far.
+            received_bytes: that came so far, but for heartbeats.
             waiting: something waits to be sent.
             sent_bytes: that have gone so far.
             unopened: the peer has yet to say what it wants.

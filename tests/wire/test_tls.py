@@ -278,12 +278,13 @@ async def test_silence_is_noticed() -> None:
 
 @on_both_loops
 async def test_server_shuts_down_while_connections_are_at_every_stage() -> None:
-    async with tls_serving(handshake_s=60.0, close_s=60.0) as server:
-        silent = socket.create_connection((server.host, server.port))
-        job = await open_job(server, **PINNED)
-    assert await job.receive() == Bye("the server shuts down")
-    await job.close()
-    silent.close()
+    for server_tls, client_tls in ((of_server(), PINNED), ({}, {})):
+        async with serving(handshake_s=60.0, close_s=60.0, **server_tls) as server:
+            silent = socket.create_connection((server.host, server.port))
+            job = await open_job(server, **client_tls)
+        assert await job.receive() == Bye("the server shuts down")
+        await job.close()
+        silent.close()
 
 
 # Whom either end refuses.

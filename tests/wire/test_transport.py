@@ -19,7 +19,7 @@ import uvloop
 from tests.wire.pair import ROOMY, SAMPLES, frame, to_bytes
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, LocalProtocolError, PeerError, RemoteProtocolError
-from wire.frames import FrameReader, Limits, padding
+from wire.frames import PRELUDE_SIZE, FrameReader, Limits, padding, split_frame_head
 from wire.messages import (
     Begin,
     Bye,
@@ -727,6 +727,69 @@ async def test_client_that_never_greets_is_hung_up_on() -> None:
     async with serving(handshake_s=0.05) as server, raw_peer(server) as peer:
         with contextlib.suppress(ConnectionResetError):
             assert await peer.reader.read() == b""
+
+
+# Peers that are alive and too slow.
+
+
+@on_both_loops
+async def test_client_that_stops_in_the_middle_of_a_message_is_dropped_though_it_answers_pings() -> None:
+    ending = Ending()
+    async with serving(ending, slow_s=0.1, heartbeat_s=0.02) as server, raw_peer(server) as peer:
+        await peer.greet()
+        whole = to_bytes(SAMPLES["forward"])
+        head = whole[: PRELUDE_SIZE + int.from_bytes(whole[8:12], "big")]
+        peer.writer.write(split_frame_head(head, 1))  # the pieces never come, and pongs can go between them
+        answering = asyncio.create_task(answer_pings(peer))
+        assert "began a message and sent less than 1024 bytes/s" in str(await ending.error)
+        await answering
+
+
+@on_both_loops
+async def test_client_that_does_not_read_is_dropped_with_what_waits_for_it() -> None:
+    failed: asyncio.Future[ConnectionLost] = asyncio.get_running_loop().create_future()
+
+    async def send_much(connection: Connection) -> None:
+        await take_job(connection)
+        try:
+            for chunk in range(100):
+                await connection.send(tensor_message(np.zeros(1 << 20, np.uint8), chunk))
+        except ConnectionLost as lost:
+            failed.set_result(lost)
+
+    # Much too little is sent to keep such a peer for long, and pings of its own are no help.
+    async with serving(send_much, unread_s=0.2, heartbeat_s=0.05) as server, raw_peer(server) as peer:
+        await peer.greet()
+        peer.writer.write(to_bytes(SAMPLES["open"]))
+        pinging = asyncio.create_task(ping_on(peer))
+        assert "took less than 1024 bytes/s" in str(await failed)
+        pinging.cancel()
+        with contextlib.suppress(asyncio.CancelledError, OSError):
+            await pinging
+
+
+@on_both_loops
+async def test_client_that_opens_no_job_is_dropped_though_it_answers_pings() -> None:
+    ending = Ending()
+    async with serving(ending, open_s=0.1, heartbeat_s=0.02) as server, raw_peer(server) as peer:
+        await peer.greet()
+        answering = asyncio.create_task(answer_pings(peer))
+        assert "opened no job within 0.1 s" in str(await ending.error)
+        await answering
+
+
+async def answer_pings(peer: RawPeer) -> None:
+    """Be alive, until the other end has enough."""
+    with contextlib.suppress(OSError):
+        while await peer.reader.read(1000):
+            peer.writer.write(to_bytes(Pong(0, 0, 0)))
+
+
+async def ping_on(peer: RawPeer) -> None:
+    """Be alive without reading."""
+    while True:
+        peer.writer.write(to_bytes(Ping(0)))
+        await asyncio.sleep(0.01)
 
 
 # Many connections.

@@ -1,0 +1,179 @@
+"""Which sessions there are, in memory and on disk, and which have to go."""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloud.conversation import Conversation
+from cloud.tenant import Tenant
+from common.errors import IsthmusError
+from wire.transport import Connection
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_S = 5.0
+_MOST_UNUSED = 1000
+"""Sessions on disk that are not in memory; the one that was not used for longest is forgotten first."""
+
+
+class Refused(IsthmusError):
+    """A client cannot be served.
+
+    Args:
+        code: one word for the client's program.
+        message: one line for people.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What sessions may take.
+
+    Attributes:
+        sessions: at work or at rest in memory.
+        disk_bytes: of disk that one client's codecs may take.
+        park_s: seconds without a word from a client until its session leaves memory.
+        forget_s: seconds until nothing is left of it.
+    """
+
+    sessions: int
+    disk_bytes: int
+    park_s: float
+    forget_s: float
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A client that is here.
+
+    Attributes:
+        connection: on which it is.
+        conversation: with its session.
+        gone: it has left.
+    """
+
+    connection: Connection
+    conversation: Conversation
+    gone: asyncio.Event
+
+
+class Register:
+    """The sessions of one server.
+
+    Args:
+        limits: what they may take.
+        folder: where they are kept on disk; None for nowhere.
+
+    Attributes:
+        tenants: by key; those in memory, and those on disk that were asked for.
+        visits: by key; of the clients that are here.
+    """
+
+    def __init__(self, limits: Limits, folder: Path | None) -> None:
+        self.tenants: dict[bytes, Tenant] = {}
+        self.visits: dict[bytes, Visit] = {}
+        self.limits = limits
+        self._folder = folder
+        self._admission = asyncio.Lock()
+
+    def folder_of(self, key: bytes) -> Path | None:
+        """Return where a session is kept on disk."""
+        return None if self._folder is None else self._folder / key.hex()
+
+    def find(self, key: bytes) -> Tenant | None:
+        """Return a session, in memory or on disk."""
+        tenant = self.tenants.get(key)
+        if tenant is None and self._folder is not None:
+            tenant = Tenant.found(key, self._folder / key.hex())
+        return tenant
+
+    async def admit(self, tenant: Tenant) -> None:
+        """Let a session into memory, at the cost of one that nobody uses where there is no room.
+
+        Raises:
+            Refused: all are used.
+        """
+        async with self._admission:
+            await self._make_room()
+            tenant.in_memory = True
+
+    async def _make_room(self) -> None:
+        """See that one more session may be in memory, at the cost of one that nobody uses."""
+        while sum(tenant.in_memory for tenant in self.tenants.values()) >= self.limits.sessions:
+            resting = [tenant for tenant in self.tenants.values() if self._may_go(tenant)]
+            if not resting:
+                raise Refused("busy", f"the server already serves {self.limits.sessions} clients; try later")
+            await self._rest(min(resting, key=lambda tenant: tenant.touched_s))
+
+    def _may_go(self, tenant: Tenant) -> bool:
+        """Whether a session may leave memory where another needs the room."""
+        if tenant.session is None or tenant.key in self.visits or tenant.lock.locked():
+            return False
+        return tenant.checkpoints is not None or tenant.idle_s > self.limits.park_s
+
+    async def _rest(self, tenant: Tenant) -> None:
+        """Park a session; one that is kept nowhere is lost."""
+        async with tenant.lock:
+            if tenant.key in self.visits:
+                return
+            if tenant.checkpoints is None or not tenant.is_worth_keeping:
+                logger.warning("session %s is given up: nobody came back for it", tenant.name)
+                await self.end(tenant)
+            elif tenant.session is not None:
+                await tenant.park()
+                logger.info(
+                    "session %s is parked after %.0f s without its client", tenant.name, tenant.idle_s
+                )
+
+    async def sweep(self) -> None:
+        """Park and forget, for ever, what its clients have left."""
+        while True:
+            for tenant in list(self.tenants.values()):
+                try:
+                    await self._sweep(tenant)
+                except IsthmusError as error:
+                    logger.error("session %s cannot be parked: %s", tenant.name, error)
+            await asyncio.to_thread(self._forget_old)
+            await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
+
+    async def _sweep(self, tenant: Tenant) -> None:
+        visit = self.visits.get(tenant.key)
+        if tenant.lock.locked() or tenant.idle_s < self.limits.park_s:
+            return
+        if visit is not None:
+            # Alive, but it trains nothing: it is told to come back, and the session is brought back then.
+            visit.conversation.leave(at_once=True)
+        elif tenant.idle_s > self.limits.forget_s:
+            async with tenant.lock:
+                await self.end(tenant)
+        elif tenant.session is not None and tenant.checkpoints is not None:
+            await self._rest(tenant)
+
+    def _forget_old(self) -> None:
+        """Remove the folders of sessions that nobody has used for long."""
+        if self._folder is None:
+            return
+        oldest_s = time.time() - self.limits.forget_s
+        unused: list[tuple[float, Path]] = []
+        for folder in self._folder.iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if bytes.fromhex(folder.name) not in self.tenants:
+                    unused.append((folder.stat().st_mtime, folder))
+        unused.sort(reverse=True)
+        for number, (used_s, folder) in enumerate(unused):
+            if used_s < oldest_s or number >= _MOST_UNUSED:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    async def end(self, tenant: Tenant) -> None:
+        """Give a session up whose client has nothing of it yet."""
+        self.tenants.pop(tenant.key, None)
+        await tenant.close()
+        tenant.forget()
