@@ -157,7 +157,8 @@ class Register:
         """Whether a session may leave memory where another needs the room."""
         if tenant.session is None or tenant.key in self.visits or tenant.lock.locked():
             return False
-        return tenant.checkpoints is not None or tenant.idle_s > min(self.limits.park_s, _LOST_S)
+        kept = tenant.checkpoints is not None or not tenant.is_worth_keeping
+        return kept or tenant.idle_s > min(self.limits.park_s, _LOST_S)
 
     async def _rest(self, tenant: Tenant) -> None:
         """Park a session; one that is kept nowhere is lost."""

@@ -24,7 +24,8 @@ class Supervisor:
         config: where the server is, and when to give up.
         progress: is told when the link is lost and back.
         tracer: of what is sent.
-        lost: is called with a connection that is lost, and comes to rest; None where none could be made.
+        lost: is called with a connection that is lost (None where none could be made) and why; comes to rest, and
+            says whether there is hope even if the failure looks like one that lasts.
         where: says how far the run has come, as in "after step 3 of 10".
 
     Raises:
@@ -37,7 +38,7 @@ class Supervisor:
         progress: Progress,
         tracer: Tracer,
         *,
-        lost: Callable[[Link | None], Awaitable[None]],
+        lost: Callable[[Link | None, WireError], Awaitable[bool]],
         where: Callable[[], str],
     ) -> None:
         self._config = config
@@ -93,8 +94,8 @@ class Supervisor:
         Raises:
             WireError: there is none.
         """
-        await self._lost(link)
-        hopeful = self._was_connected and may_pass(error)
+        forgiven = await self._lost(link, error)
+        hopeful = self._was_connected and (forgiven or may_pass(error))
         wait_s = self._patience.failed(error) if hopeful else None
         if wait_s is None or self.stopping:
             raise self._final(error) if hopeful else error

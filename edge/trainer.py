@@ -24,7 +24,7 @@ from edge.run_folder import RunFolder, SessionKey
 from edge.saves import Saves, about
 from edge.supervisor import Supervisor
 from edge.tuner import Tuner
-from wire.errors import ConnectionLost, PeerError, RemoteProtocolError
+from wire.errors import PeerError, RemoteProtocolError, WireError
 from wire.messages import Ready
 from wire.transport import run
 
@@ -151,15 +151,12 @@ class Trainer:
             if self._folder is not None and ready.saves:
                 self._folder.write_settings(self._config, self._key)
             return ready
-        outcome = Outcome() if self._context is None else self._context.outcome
         saved = [] if self._folder is None else self._folder.steps
-        try:
-            return await link.resume(self._key, outcome if self._remembers else None, saved)
-        except PeerError as error:
-            if error.code == "unknown_session" and self._remembers and outcome.step == 0:
-                self._key = None  # nothing is lost by asking anew
-                raise ConnectionLost("the server has not got the job yet") from error
-            raise
+        return await link.resume(self._key, self._outcome if self._remembers else None, saved)
+
+    @property
+    def _outcome(self) -> Outcome:
+        return Outcome() if self._context is None else self._context.outcome
 
     def _set_up(self, job: Job, context: Context, ready: Ready, resources: ExitStack) -> None:
         """Make what lasts from the first connection to the end of the run."""
@@ -193,8 +190,8 @@ class Trainer:
         self._progress.note(f"going {'back' if self._remembers else 'on'} to step {step}, {what}")
         self._remembers = True
 
-    async def _lost(self, link: Link | None) -> None:
-        """Come to rest between steps, after a connection has gone."""
+    async def _lost(self, link: Link | None, error: WireError) -> bool:
+        """Come to rest between steps, after a connection has gone; return whether there is hope in any case."""
         if link is not None:
             self._records.disconnected(link)
         if self._context is not None:
@@ -202,6 +199,11 @@ class Trainer:
             self._report()
         if self._saves is not None:
             self._saves.lost()
+        unknown = isinstance(error, PeerError) and error.code == "unknown_session"
+        if unknown and self._remembers and self._outcome.step == 0:
+            self._key = None  # nothing is lost by asking anew: the job may never have arrived
+            return True
+        return False
 
     # What a connection is for.
 
