@@ -141,11 +141,21 @@ class Register:
             tenant.memory_bytes = nbytes
 
     async def make_way(self) -> bool:
-        """Let a session go that nobody uses; False where there is none."""
+        """Let a session go that nobody uses, or whose client has not trained for long; False where there is none."""
         resting = [tenant for tenant in self.tenants.values() if self._may_go(tenant)]
+        if not resting:
+            resting = [tenant for tenant in self.tenants.values() if self._is_idle(tenant)]
+            for visit in [self.visits[tenant.key] for tenant in resting]:
+                # Alive, but it keeps others out: it is told to come back, and the session is brought back then.
+                visit.conversation.leave(at_once=True)
+                await visit.gone.wait()
         if resting:
             await self._rest(min(resting, key=lambda tenant: tenant.touched_s))
         return bool(resting)
+
+    def _is_idle(self, tenant: Tenant) -> bool:
+        visited = tenant.session is not None and tenant.key in self.visits
+        return visited and tenant.checkpoints is not None and tenant.idle_s > self.limits.park_s
 
     async def _make_room(self) -> None:
         """See that one more session may be in memory, at the cost of one that nobody uses."""
@@ -192,13 +202,9 @@ class Register:
             await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
 
     async def _sweep(self, tenant: Tenant) -> None:
-        visit = self.visits.get(tenant.key)
-        if tenant.lock.locked() or tenant.idle_s < self.limits.park_s:
+        if tenant.lock.locked() or tenant.key in self.visits or tenant.idle_s < self.limits.park_s:
             return
-        if visit is not None:
-            # Alive, but it trains nothing: it is told to come back, and the session is brought back then.
-            visit.conversation.leave(at_once=True)
-        elif tenant.idle_s > self.limits.forget_s:
+        if tenant.idle_s > self.limits.forget_s:
             async with tenant.lock:
                 await self.end(tenant)
         elif tenant.session is not None and tenant.checkpoints is not None:
