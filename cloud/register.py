@@ -23,6 +23,8 @@ FAILURES = (IsthmusError, WireError, OSError)
 """What may go wrong with one session, and is no reason to give up others."""
 
 _SWEEP_S = 5.0
+_LOST_S = 60.0
+"""A session that is kept nowhere may go after so long without its client, where another needs the room."""
 _MOST_UNUSED = 1000
 """Sessions on disk that are not in memory; the one that was not used for longest is forgotten first."""
 
@@ -144,16 +146,37 @@ class Register:
             tenant.memory_bytes = nbytes
 
     async def make_way(self) -> bool:
-        """Let a session go that nobody uses; False where there is none that can."""
-        for tenant in sorted(self.tenants.values(), key=lambda tenant: tenant.touched_s):
-            if self._may_go(tenant):
-                try:
-                    await self._rest(tenant)
-                except FAILURES as error:  # no fault of whoever needs the room
-                    logger.error("session %s cannot be parked: %s", tenant.name, error)
-                else:
+        """Let a session go that nobody uses, or whose client has not trained for long; False where none can go."""
+        by_use = sorted(self.tenants.values(), key=lambda tenant: tenant.touched_s)
+        for tenant in by_use:
+            if self._may_go(tenant) and await self._has_gone(tenant):
+                return True
+        for tenant in by_use:
+            if self._is_idle(tenant):
+                # Alive, but it keeps others out: it is told to come back, and the session is brought back then.
+                visit = self.visits[tenant.key]
+                visit.conversation.leave(at_once=True)
+                await visit.gone.wait()
+                if self._may_go(tenant) and await self._has_gone(tenant):
                     return True
         return False
+
+    async def _has_gone(self, tenant: Tenant) -> bool:
+        """Let a session go; False where that fails, which is no fault of whoever needs the room."""
+        try:
+            await self._rest(tenant)
+        except FAILURES as error:
+            logger.error("session %s cannot be parked: %s", tenant.name, error)
+            return False
+        return True
+
+    def _is_idle(self, tenant: Tenant) -> bool:
+        visit = self.visits.get(tenant.key)
+        if (
+            visit is None or visit.connection.busy or tenant.session is None
+        ):  # busy: a large message on a slow link
+            return False
+        return tenant.checkpoints is not None and tenant.idle_s > self.limits.park_s
 
     async def _make_room(self) -> None:
         """See that one more session may be in memory, at the cost of one that nobody uses."""
@@ -165,8 +188,8 @@ class Register:
         """Whether a session may leave memory where another needs the room."""
         if tenant.session is None or tenant.key in self.visits or tenant.lock.locked():
             return False
-        is_kept = tenant.checkpoints is not None
-        return is_kept or not tenant.is_worth_keeping or tenant.idle_s > self.limits.park_s
+        kept = tenant.checkpoints is not None or not tenant.is_worth_keeping
+        return kept or tenant.idle_s > min(self.limits.park_s, _LOST_S)
 
     async def _rest(self, tenant: Tenant) -> None:
         """Park a session; one that is kept nowhere is lost."""
@@ -203,15 +226,9 @@ class Register:
             await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
 
     async def _sweep(self, tenant: Tenant) -> None:
-        visit = self.visits.get(tenant.key)
-        if tenant.lock.locked() or tenant.idle_s < self.limits.park_s:
+        if tenant.lock.locked() or tenant.key in self.visits or tenant.idle_s < self.limits.park_s:
             return
-        if visit is not None and visit.connection.busy:
-            tenant.touch()  # a large message on a slow link
-        elif visit is not None:
-            # Alive, but it trains nothing: it is told to come back, and the session is brought back then.
-            visit.conversation.leave(at_once=True)
-        elif tenant.idle_s > self.limits.forget_s:
+        if tenant.idle_s > self.limits.forget_s:
             async with tenant.lock:
                 await self.end(tenant)
         elif tenant.session is not None and tenant.checkpoints is not None:

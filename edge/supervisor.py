@@ -80,6 +80,7 @@ class Supervisor:
 
     def taken_up(self) -> None:
         """Both sides know where they go on."""
+        self._patience.connected()
         if self._lost_s is not None:
             lasted_s = time.monotonic() - self._lost_s
             self._progress.note(f"the link is back after {lasted_s:.1f} s; going on {self._where()}")

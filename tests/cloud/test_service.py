@@ -301,18 +301,18 @@ def test_parking_again_and_again_leaves_no_more_checkpoints(spec: Any, tmp_path:
     run(test)
 
 
-def test_client_whose_message_is_on_its_way_for_long_is_not_sent_away(spec: Any) -> None:
+def test_client_whose_message_is_on_its_way_for_long_is_not_sent_away(spec: Any, tmp_path: Path) -> None:
     async def test() -> None:
-        async with served(None, park_s=0.05) as serving:
+        async with served(tmp_path, sessions=1, park_s=0.05) as serving:
             client, attending = await serving.opened(spec)
             client.busy = True
-            sweeping = asyncio.create_task(serving.register.sweep())
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.1)
+            assert not await serving.register.make_way()
             assert not attending.done()
             client.busy = False
+            assert await serving.register.make_way()
             await attending
             assert client.ended == "nothing was done for long"
-            sweeping.cancel()
 
     run(test)
 
