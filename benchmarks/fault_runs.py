@@ -161,13 +161,13 @@ def problems_of(ended: Ended, saved: Path, quiet: Quiet) -> list[str]:
 def faulty_run(address: str, job: Job, quiet: Quiet, *, steps: int, seed: int, faults: int) -> Trial:
     """Train while a proxy makes random faults, and compare."""
     # A little denser than they should be, so that all of them come before the end.
-    gap = 0.8 * mean_gap(quiet.step_bytes, faults / steps)
+    gap = 0.6 * mean_gap(quiet.step_bytes, faults / steps)
     plan = RandomFaults(seed, faults, gap, timeout_s=TIMEOUT_S)
     with TemporaryDirectory() as folder, FaultyProxy(address, plan) as proxy:
         saved = Path(folder, "model.safetensors")
         ended = train_to_end(proxy.address, job, steps, seed, "--save", saved)
         problems = problems_of(ended, saved, quiet)
-        if plan.left and not problems:
+        if plan.left > faults // 10 and not problems:
             problems.append(f"{plan.left} of {faults} faults were not reached")
     return Trial(f"cuts, {job.chain}", seed, dict(proxy.faults), problems)
 
@@ -211,6 +211,17 @@ def head_sizes(address: str, job: Job) -> dict[str, int]:
         ended = train_to_end(proxy.address, job, 6, 0)
     assert ended.status == 0, ended.err
     return {exchange.kind: max(watch.sizes(exchange.kind)) for exchange in EXCHANGES}
+
+
+def cut_once(address: str, job: Job, quiet: Quiet, cut: FrameCut, *, steps: int, seed: int) -> Trial:
+    """Train while one frame is cut, and compare."""
+    plan = CutFrames([cut], keep=())
+    with TemporaryDirectory() as folder, FaultyProxy(address, plan) as proxy:
+        saved = Path(folder, "model.safetensors")
+        ended = train_to_end(proxy.address, job, steps, seed, "--save", saved)
+        problems = problems_of(ended, saved, quiet)
+        problems += ["the cut was not reached"] if plan.cuts and not problems else []
+    return Trial(f"{cut}, {job.chain}", seed, dict(proxy.faults), problems)
 
 
 def cut_exchange(address: str, job: Job, exchange: Exchange, offsets: Sequence[int], *, seed: int) -> Trial:

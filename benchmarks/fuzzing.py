@@ -61,30 +61,38 @@ class Findings:
 
 
 class Recorder(Plan):
-    """Keeps what the first client sends."""
+    """Keeps what clients send, by connection."""
 
     def __init__(self) -> None:
-        self.data = bytearray()
+        self.sent: dict[int, bytearray] = {}
 
     def look(self, connection: int, direction: str, data: bytes) -> Iterator[bytes | Fault]:
         """Pass all on."""
-        if (connection, direction) == (1, UP):
-            self.data += data
+        if direction == UP:
+            self.sent.setdefault(connection, bytearray()).extend(data)
         yield data
 
 
 def record(server: str, train: Callable[[str], object]) -> list[RealFrame]:
-    """Return all that a client sends while it trains, heartbeats left out.
+    """Return all that a client sends on the connection that it trains on, heartbeats left out.
 
     Args:
         server: its address.
-        train: runs a client against the address that it is given.
+        train: runs a client against the address that it is given, for two steps or more.
+
+    Raises:
+        ValueError: no connection saw the beginning of a session and two of its steps.
     """
     plan = Recorder()
     with FaultyProxy(server, plan) as proxy:
         train(proxy.address)
-    frames = [RealFrame(msgpack.unpackb(f.header), bytes(f.payload)) for f in read_frames(plan.data)]
-    return [frame for frame in frames if frame.kind not in _HEARTBEATS]
+    kinds = {}
+    for connection, data in plan.sent.items():
+        frames = [RealFrame(msgpack.unpackb(f.header), bytes(f.payload)) for f in read_frames(data)]
+        kinds[connection] = [frame.kind for frame in frames]
+        if "open" in kinds[connection] and kinds[connection].count("commit") > 1:
+            return [frame for frame in frames if frame.kind not in _HEARTBEATS]
+    raise ValueError(f"no whole session was recorded; there were {kinds}")
 
 
 def read_frames(data: bytes | bytearray) -> Iterator[Frame]:
@@ -243,9 +251,9 @@ class Attack:
         self._each(self._noise_once, [(draw.random(), size) for size in sizes])
 
     def mutate(self, frames: int) -> None:
-        """Send so many mutated frames: half of them before there is a session, half in one."""
+        """Send so many mutated frames: every third in a session, the others before there is one."""
         draw = random.Random(f"mutate {self.seed}")
-        self._each(self._mutate_once, [(draw.random(), number % 2) for number in range(frames)])
+        self._each(self._mutate_once, [(draw.random(), number % 3 == 0) for number in range(frames)])
 
     def _each(self, once: Callable[[random.Random, int], None], turns: Sequence[tuple[float, int]]) -> None:
         with ThreadPoolExecutor(self.lanes) as pool:

@@ -61,6 +61,7 @@ class Conversation:
         self._passing: Passing | None = None
         self._sent = Sent()
         self._incoming: WeightsReceiver | None = None
+        self._sending: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup
         self._leaving = asyncio.Event()
         self._asked_to_leave = self.said_bye = False
@@ -117,7 +118,7 @@ class Conversation:
             case _ if self._incoming is not None:
                 raise RemoteProtocolError("the middle's weights must come before any step")
             case Begin():
-                self._begin(message)
+                await self._begin(message)
             case Forward() | Backward():
                 self._take_tensors(message)
             case Commit():
@@ -125,7 +126,7 @@ class Conversation:
             case Abort():
                 await self._abort(message)
             case Save():
-                self._save(message)
+                await self._save(message)
             case Fetch():
                 await self._send_weights(message)
             case _:
@@ -148,11 +149,12 @@ class Conversation:
         for piece in weights_messages(await self._session.weights()):
             await self._connection.send(piece)
 
-    def _save(self, message: Save) -> None:
+    async def _save(self, message: Save) -> None:
         if self._passing is not None or message.step != self._session.concluded:
             raise RemoteProtocolError(
                 f"a checkpoint of step {message.step} was asked for, after step {self._session.concluded}"
             )
+        await self._tenant.saved()  # one at a time: a slow disk slows the client, and does not fill memory
         saving = self._tenant.save(keep=message.keep)
         self._tasks.create_task(self._say_saved(message.step, saving))
 
@@ -164,8 +166,10 @@ class Conversation:
             error = str(failed)
         await self._connection.send(Saved(step=step, error=error[:1024]))
 
-    def _begin(self, message: Begin) -> None:
+    async def _begin(self, message: Begin) -> None:
         session = self._session
+        if self._sending and self._passing is None:  # `Passing.accept` counts only what is of its own step
+            await asyncio.wait(self._sending)
         if self._passing is not None:
             raise RemoteProtocolError(f"step {message.step} begins before step {self._passing.step} ended")
         limit = MAX_EVALUATION_CHUNKS if message.evaluate else session.spec.chunks
@@ -225,7 +229,10 @@ class Conversation:
         encoding = session.lanes.run(
             ENCODE, str(action), session.work.encode, passing, action, cut, names, results
         )
-        self._tasks.create_task(self._send(passing, action, names, encoding, norm_sq))
+        self._tenant.touch()  # it is the server that the client waits for
+        sending = self._tasks.create_task(self._send(passing, action, names, encoding, norm_sq))
+        self._sending.add(sending)
+        sending.add_done_callback(self._sending.discard)
 
     async def _send(
         self,
@@ -267,8 +274,7 @@ class Conversation:
         await asyncio.shield(concluding)  # the next step may have begun meanwhile
         self._monitor.stepped(time.monotonic() - passing.began_s)
         self._count()
-        detail = self._session.detail(passing, self._sent)
-        await self._connection.send(Committed(step=passing.step, detail=detail))
+        await self._connection.send(Committed(passing.step, self._session.detail(passing, self._sent)))
 
     async def _abort(self, message: Abort) -> None:
         passing = self._training_step(message, "abort")

@@ -14,11 +14,17 @@ from cloud.monitoring import Monitor
 from cloud.streams import GIB
 from cloud.tenant import Tenant
 from common.errors import IsthmusError
+from wire.errors import WireError
 from wire.transport import Connection
 
 logger = logging.getLogger(__name__)
 
+FAILURES = (IsthmusError, WireError, OSError)
+"""What may go wrong with one session, and is no reason to give up others."""
+
 _SWEEP_S = 5.0
+_LOST_S = 60.0
+"""A session that is kept nowhere may go after so long without its client, where another needs the room."""
 _MOST_UNUSED = 1000
 """Sessions on disk that are not in memory; the one that was not used for longest is forgotten first."""
 
@@ -141,17 +147,44 @@ class Register:
                 "or batches"
             )
         with self._memory:
-            others = sum(other.memory_bytes for other in self.tenants.values() if other is not tenant)
+            # Listed at once, for the event loop's thread adds and removes some meanwhile.
+            others = sum(other.memory_bytes for other in list(self.tenants.values()) if other is not tenant)
             if others + nbytes > self.limits.memory_bytes:
                 raise Crowded("the server's memory is taken by other clients; try later")
             tenant.memory_bytes = nbytes
 
     async def make_way(self) -> bool:
-        """Let a session go that nobody uses; False where there is none."""
-        resting = [tenant for tenant in self.tenants.values() if self._may_go(tenant)]
-        if resting:
-            await self._rest(min(resting, key=lambda tenant: tenant.touched_s))
-        return bool(resting)
+        """Let a session go that nobody uses, or whose client has not trained for long; False where none can go."""
+        by_use = sorted(self.tenants.values(), key=lambda tenant: tenant.touched_s)
+        for tenant in by_use:
+            if self._may_go(tenant) and await self._has_gone(tenant):
+                return True
+        for tenant in by_use:
+            if self._is_idle(tenant):
+                # Alive, but it keeps others out: it is told to come back, and the session is brought back then.
+                visit = self.visits[tenant.key]
+                visit.conversation.leave(at_once=True)
+                await visit.gone.wait()
+                if self._may_go(tenant) and await self._has_gone(tenant):
+                    return True
+        return False
+
+    async def _has_gone(self, tenant: Tenant) -> bool:
+        """Let a session go; False where that fails, which is no fault of whoever needs the room."""
+        try:
+            await self._rest(tenant)
+        except FAILURES as error:
+            logger.error("session %s cannot be parked: %s", tenant.name, error)
+            return False
+        return True
+
+    def _is_idle(self, tenant: Tenant) -> bool:
+        visit = self.visits.get(tenant.key)
+        if (
+            visit is None or visit.connection.busy or tenant.session is None
+        ):  # busy: a large message on a slow link
+            return False
+        return tenant.checkpoints is not None and tenant.idle_s > self.limits.park_s
 
     async def _make_room(self) -> None:
         """See that one more session may be in memory, at the cost of one that nobody uses."""
@@ -166,7 +199,8 @@ class Register:
         """Whether a session may leave memory where another needs the room."""
         if tenant.session is None or tenant.key in self.visits or tenant.lock.locked():
             return False
-        return tenant.checkpoints is not None or tenant.idle_s > self.limits.park_s
+        kept = tenant.checkpoints is not None or not tenant.is_worth_keeping
+        return kept or tenant.idle_s > min(self.limits.park_s, _LOST_S)
 
     async def _rest(self, tenant: Tenant) -> None:
         """Park a session; one that is kept nowhere is lost."""
@@ -193,20 +227,19 @@ class Register:
             for tenant in list(self.tenants.values()):
                 try:
                     await self._sweep(tenant)
-                except IsthmusError as error:
+                except FAILURES as error:
                     logger.error("session %s cannot be parked: %s", tenant.name, error)
             self.count()
-            await asyncio.to_thread(self._forget_old)
+            try:
+                await asyncio.to_thread(self._forget_old)
+            except OSError as error:
+                logger.error("old sessions cannot be looked for: %s", error)
             await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
 
     async def _sweep(self, tenant: Tenant) -> None:
-        visit = self.visits.get(tenant.key)
-        if tenant.lock.locked() or tenant.idle_s < self.limits.park_s:
+        if tenant.lock.locked() or tenant.key in self.visits or tenant.idle_s < self.limits.park_s:
             return
-        if visit is not None:
-            # Alive, but it trains nothing: it is told to come back, and the session is brought back then.
-            visit.conversation.leave(at_once=True)
-        elif tenant.idle_s > self.limits.forget_s:
+        if tenant.idle_s > self.limits.forget_s:
             async with tenant.lock:
                 await self.end(tenant)
         elif tenant.session is not None and tenant.checkpoints is not None:
@@ -229,6 +262,6 @@ class Register:
 
     async def end(self, tenant: Tenant) -> None:
         """Give a session up whose client has nothing of it yet."""
-        self.tenants.pop(tenant.key, None)
         await tenant.close()
         tenant.forget()
+        self.tenants.pop(tenant.key, None)  # last: until nothing is left, nobody finds it again

@@ -9,11 +9,10 @@ import torch
 from cloud.conversation import Conversation
 from cloud.device import Device
 from cloud.meeting import meet
-from cloud.register import Crowded, Refused, Register, Visit
+from cloud.register import FAILURES, Crowded, Refused, Register, Visit
 from cloud.session import Session
 from cloud.tenant import Tenant
 from cloud.turns import Turns
-from common.errors import IsthmusError
 from common.spec import JobSpec
 from wire.auth import RESUME, is_proof
 from wire.errors import RemoteProtocolError
@@ -113,17 +112,7 @@ class Service:
         return tenant, self._ready(tenant)
 
     async def _resume(self, message: Resume, connection: Connection) -> tuple[Tenant, Ready]:
-        tenant = self._register.find(message.session)
-        if tenant is None:
-            raise Refused("unknown_session", _UNKNOWN)
-        assert connection.welcome is not None
-        if not is_proof(message.mac, tenant.secret, RESUME, connection.welcome.nonce, tenant.key):
-            raise Refused("wrong_secret", "the secret is not this session's")
-        if self.draining:
-            raise Refused("draining", "the server is shutting down; come back later")
-        tenant = self._register.tenants.setdefault(tenant.key, tenant)
-        await tenant.lock.acquire()
-        self._register.tenants[tenant.key] = tenant  # it may have been on its way out
+        tenant = await self._claim(message, connection)
         try:
             await self._dismiss_visitor(tenant)
             await self._meet(tenant, message)
@@ -131,6 +120,23 @@ class Service:
             tenant.lock.release()
             raise
         return tenant, self._ready(tenant)
+
+    async def _claim(self, message: Resume, connection: Connection) -> Tenant:
+        """Find a session for its owner, and take its lock."""
+        assert connection.welcome is not None
+        while True:
+            tenant = self._register.find(message.session)
+            if tenant is None:
+                raise Refused("unknown_session", _UNKNOWN)
+            if not is_proof(message.mac, tenant.secret, RESUME, connection.welcome.nonce, tenant.key):
+                raise Refused("wrong_secret", "the secret is not this session's")
+            if self.draining:
+                raise Refused("draining", "the server is shutting down; come back later")
+            tenant = self._register.tenants.setdefault(tenant.key, tenant)
+            await tenant.lock.acquire()
+            if self._register.tenants.get(tenant.key) is tenant and not self.draining:
+                return tenant
+            tenant.lock.release()  # whoever had the lock has given the session up
 
     async def _dismiss_visitor(self, tenant: Tenant) -> None:
         """End a connection that the client has given up, though this end may not have noticed."""
@@ -140,10 +146,14 @@ class Service:
 
     async def _meet(self, tenant: Tenant, message: Resume) -> None:
         """Bring a session to where both ends can go on."""
+        await tenant.saved()  # what is still being written counts
+        if tenant.session is not None and tenant.session.broken:
+            await tenant.close()
         saved = [] if tenant.checkpoints is None else await asyncio.to_thread(tenant.checkpoints.steps)
         was_stored = tenant.session is None
         if was_stored:
             if not saved:
+                self._register.tenants.pop(tenant.key, None)
                 raise Refused("unknown_session", _UNKNOWN)
             await self._build(tenant)
             await tenant.restore(max(saved))
@@ -238,9 +248,12 @@ class Service:
                 await asyncio.wait(late)
         for tenant in list(self._register.tenants.values()):
             async with tenant.lock:
+                if (late_visit := self._register.visits.get(tenant.key)) is not None:  # it came meanwhile
+                    late_visit.conversation.leave(at_once=True)
+                    await late_visit.gone.wait()
                 try:
                     if tenant.session is not None and tenant.checkpoints is not None:
                         await tenant.park()
-                except IsthmusError as error:
+                except FAILURES as error:
                     logger.error("session %s is not kept as it stands: %s", tenant.name, error)
                 await tenant.close()

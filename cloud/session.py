@@ -47,7 +47,7 @@ class Session:
         concluded: the last step that was applied or dropped; 0 before the first.
         pending: the step after it, where that only lacks the client's word.
         applied: steps applied so far, which what crosses may depend on.
-        broken: a step was concluded halfway; nothing of this can be used any more.
+        broken: it was changed halfway, by the end of a step or by a snapshot; only `restore` makes it usable again.
     """
 
     def __init__(self, spec: JobSpec, device: Device, turns: Turns, threads: int) -> None:
@@ -220,7 +220,11 @@ class Session:
         """Bring everything back to the last step concluded."""
         self.pending = None
         undone = self.lanes.run(COMPUTE, "rollback", self.work.between, self.middle.stage.rollback)
-        await asyncio.gather(undone, *self._settle(applied=False))
+        try:
+            await asyncio.gather(undone, *self._settle(applied=False))
+        except BaseException:
+            self.broken = True
+            raise
 
     def snapshot(self) -> Awaitable[State]:
         """Copy everything that the session is between two steps: now, before what is queued after this call."""
@@ -260,10 +264,12 @@ class Session:
             state: what was copied.
         """
         restore = self.middle.restore
+        self.broken = True  # until all of it is there
         await self.lanes.run(COMPUTE, "restore", self.work.between, restore, state["middle"])
         await self._restore_streams(state["streams"])
         self.concluded, self.applied, self._stored = step, state["applied"], state["pending"]
         self.pending = None if self._stored is None else self._stored["step"]
+        self.broken = False
 
     async def _restore_streams(self, states: list[Any]) -> None:
         await asyncio.gather(

@@ -68,6 +68,7 @@ class Tenant:
         self._monitor = monitor
         self._writing = asyncio.Lock()
         self._saving: set[asyncio.Task[None]] = set()
+        self._parked: int | None = None  # the step of a checkpoint that was written for parking alone
         if folder is not None:
             self.checkpoints = CheckpointFolder(folder, keep=KEPT)
 
@@ -84,7 +85,9 @@ class Tenant:
     @property
     def is_worth_keeping(self) -> bool:
         """It has come further than to its first step, or its client counts on it."""
-        return self.asked_to_save or (self.session is not None and self.session.concluded > 0)
+        session = self.session
+        is_begun = session is not None and (session.concluded > 0 or session.pending is not None)
+        return self.asked_to_save or is_begun
 
     def touch(self) -> None:
         """Take note that the client has been heard of."""
@@ -144,6 +147,8 @@ class Tenant:
         """
         assert self.session is not None
         self.asked_to_save = self.asked_to_save or keep is not None
+        if self._parked == self.session.concluded:
+            self._parked = None
         return self._save(self.session.concluded, self.session.snapshot(), keep)
 
     def _save(self, step: int, snapshot: Any, keep: int | None) -> "asyncio.Task[None]":
@@ -179,8 +184,17 @@ class Tenant:
         assert session is not None
         await self.saved()
         if not session.broken and not session.middle.needs_weights:
-            await self._save(session.concluded, session.snapshot_at_rest(), None)
+            await self._save_to_park(session)
         await self.close()
+
+    async def _save_to_park(self, session: Session) -> None:
+        assert self.checkpoints is not None
+        step, before = session.concluded, self._parked
+        is_new = step not in await asyncio.to_thread(self.checkpoints.steps)
+        await self._save(step, session.snapshot_at_rest(), None)
+        self._parked = step if is_new or step == before else None
+        if before is not None and before != step:
+            await asyncio.to_thread(self.checkpoints.drop, before)
 
     async def saved(self) -> None:
         """Wait until what is being written is on disk, or has failed."""

@@ -163,6 +163,14 @@ class CheckpointFolder:
         # The last one first, so that those which are left, if this is cut short, have no gap.
         self._remove(later for later in reversed(self.steps()) if later > step)
 
+    def drop(self, step: int) -> None:
+        """Remove the checkpoint of one step, where there is one.
+
+        Raises:
+            CheckpointFailed: it cannot be removed.
+        """
+        self._remove((step,))
+
     def _remove(self, steps: Iterable[int]) -> None:
         with self._failing(f"old checkpoints in {self.path} could not be removed"):
             for step in steps:

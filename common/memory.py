@@ -161,17 +161,17 @@ def _kept_bytes(
     own = {tensor.untyped_storage()._cdata for tensor in (*trial.parameters(), *trial.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that no address comes twice
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
+        # It is not given back: an operation's own output would keep the operation, and so itself, for ever.
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage
-        return tensor
 
     entries = [tensor.requires_grad_(needed) for tensor, needed in zip(chunk, needs_grad, strict=True)]
     autocast = nullcontext() if amp is None else torch.autocast(chunk[0].device.type, dtype=amp)
     with (
         torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(keep, _never),
         autocast,
     ):
         # Through a view, as `Stage` does: an operation in place may not touch a leaf.
@@ -181,6 +181,10 @@ def _kept_bytes(
     for tensor in (*entries, *outputs):
         keep(tensor)
     return [storage.nbytes() for storage in kept.values()], sum(map(_bytes, (*entries, *outputs)))
+
+
+def _never(kept: object) -> Tensor:
+    raise AssertionError("nothing goes backward here")
 
 
 def _optimizer_bytes(optim: OptimSpec, gradients: int, largest: int, device: torch.device) -> int:

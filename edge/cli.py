@@ -123,6 +123,7 @@ _DEMO: dict[str, Any] = {
     "lr": 0.0015,
     "schedule": "linear",
     "augment": False,
+    "give_up_after": 30.0,  # nobody starts its server again
 }
 
 

@@ -75,11 +75,11 @@ async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> Tra
     except asyncio.CancelledError:
         if not trainer.training:
             raise Interrupted("stopped before the first step") from None
-        kept = "nothing was saved"
+        left = "nothing was saved"
         if config.checkpoint is not None:
-            kept = f"go on from the last checkpoint by edge-client --resume {config.checkpoint}"
+            left = f"go on from the last checkpoint by edge-client --resume {config.checkpoint}"
         raise Interrupted(
-            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; {kept}"
+            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; {left}"
         ) from None
 
 

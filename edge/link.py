@@ -75,7 +75,7 @@ class Link:
             PeerError: the server refuses; its message says why.
         """
         await self.send(Open(session=key.session, secret=key.secret, spec=spec.to_map()))
-        return await self._opened()
+        return await self.answered(self._ready)
 
     async def resume(self, key: SessionKey, outcome: Outcome | None, saved: Sequence[int]) -> Ready:
         """Ask for a job that the server had before.
@@ -101,16 +101,7 @@ class Link:
                 saved=saved,
             )
         )
-        return await self._opened()
-
-    async def _opened(self) -> Ready:
-        try:
-            return await self.answered(self._ready)
-        except asyncio.CancelledError:
-            # A task group cancels its task before it says why. Whoever asked has to know: what is next hangs on it.
-            if self._receiving is not None and self._receiving.done():
-                self._receiving.result()  # raises what ended the link
-            raise
+        return await self.answered(self._ready)
 
     async def send_weights(self, state: Mapping[str, Tensor]) -> None:
         """Send the middle's weights, which the server cannot make."""
@@ -233,21 +224,15 @@ async def open_link(
         WireError: the link failed while the block ran; the block is cancelled.
     """
     connection = await connect(host, port, wire)
-    made_of_it: WireError | None = None
     try:
         async with asyncio.TaskGroup() as tasks:
             link = Link(connection, tracer, tasks)
             link.start_receiving()
-            try:
-                yield link
-            except WireError as error:
-                made_of_it = error
-                raise
+            yield link
             link.stop_receiving()
     except BaseExceptionGroup as group:
         connection.abort()
-        # What the block made of the server's error counts more than the error itself, which is in the group as well.
-        raise made_of_it or first_error(group, WireError) from None
+        raise first_error(group, WireError) from None
     except BaseException:
         connection.abort()
         raise

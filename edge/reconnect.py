@@ -78,6 +78,10 @@ class Patience:
         self._since = None
         self._tries = self._odd = 0
 
+    def connected(self) -> None:
+        """The last try led to a connection: the next one need not wait as long."""
+        self._tries = 0
+
     def failed(self, error: WireError) -> float | None:
         """Take a failure in; return the seconds to wait before the next try, None where it is time to give up."""
         now = self._clock()

@@ -150,11 +150,6 @@ class Records:
             rewind_metrics(self._config.metrics, step)
             self._open_metrics(append=True)
 
-    @property
-    def scores(self) -> dict[str, float | None]:
-        """Loss, accuracy and correlation, as they stand."""
-        return {"loss": self.loss, "accuracy": self.accuracy, "mcc": self.mcc}
-
     def summary(self) -> SummaryReport:
         """Sum the run up, and report it."""
         busy = self.busy

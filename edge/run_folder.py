@@ -10,10 +10,12 @@ side removes it before there is a newer one.
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import secrets
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,32 @@ class RunFolder:
         """The newest step known to be saved on both sides; 0 before the first."""
         return max(self._here & self._there, default=0)
 
+    @property
+    def has_common(self) -> bool:
+        """Whether there is such a step."""
+        return bool(self._here & self._there)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from going on with the same run while the block lasts.
+
+        Raises:
+            UserError: one does.
+        """
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another edge-client goes on with the run in {self.path}; end that first"
+                ) from None
+            except OSError:  # a network's file system may not know of locks
+                pass
+            yield
+        finally:
+            os.close(folder)
+
     def check_unused(self) -> None:
         """See that a new run may begin here.
 
@@ -96,6 +124,7 @@ class RunFolder:
             "secret": key.secret.hex(),
             "settings": _plain(config),
         }
+        self._there = set()  # it is a new session
         path = self.path / _SETTINGS
         temporary = path.with_suffix(".tmp")
         try:

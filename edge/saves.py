@@ -50,12 +50,14 @@ class Saves:
         Raises:
             WireError: the link failed.
         """
-        await self._written()  # one at a time: a slow disk slows the run, and does not fill memory
+        await self.written()  # one at a time: a slow disk slows the run, and does not fill memory
         step = context.outcome.step
         if step not in self.folder.steps:
             self._writing = asyncio.get_running_loop().create_task(self._write(step, context.snapshot()))
         self._asked[step] = answer = await link.save(step, self.folder.common)
         answer.add_done_callback(self._answered)
+        if not self.folder.has_common:  # there has to be a step to go back to before anything can be lost
+            await self.settled(link)
 
     async def _write(self, step: int, snapshot: Any) -> None:
         try:
@@ -84,11 +86,12 @@ class Saves:
         Raises:
             WireError: the link failed.
         """
-        await self._written()
+        await self.written()
         for answer in list(self._asked.values()):
             await link.answered(answer)
 
-    async def _written(self) -> None:
+    async def written(self) -> None:
+        """Wait until this side has written what it was asked for, or has failed."""
         if self._writing is not None:
             await asyncio.shield(self._writing)
 

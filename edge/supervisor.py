@@ -25,6 +25,7 @@ class Supervisor:
         progress: is told when the link is lost and back.
         tracer: of what is sent.
         lost: is called with a connection that is lost, and comes to rest; None where none could be made.
+        begins_anew: says whether a failure is that of a session which the run can do without.
         where: says how far the run has come, as in "after step 3 of 10".
 
     Raises:
@@ -38,6 +39,7 @@ class Supervisor:
         tracer: Tracer,
         *,
         lost: Callable[[Link | None], Awaitable[None]],
+        begins_anew: Callable[[WireError], bool],
         where: Callable[[], str],
     ) -> None:
         self._config = config
@@ -45,6 +47,7 @@ class Supervisor:
         self._progress = progress
         self._tracer = tracer
         self._lost = lost
+        self._begins_anew = begins_anew
         self._where = where
         self._patience = Patience(config.give_up_after)
         self._stopping = asyncio.Event()
@@ -77,6 +80,7 @@ class Supervisor:
 
     def taken_up(self) -> None:
         """Both sides know where they go on."""
+        self._patience.connected()
         if self._lost_s is not None:
             lasted_s = time.monotonic() - self._lost_s
             self._progress.note(f"the link is back after {lasted_s:.1f} s; going on {self._where()}")
@@ -93,7 +97,7 @@ class Supervisor:
             WireError: there is none.
         """
         await self._lost(link)
-        hopeful = self._was_connected and may_pass(error)
+        hopeful = self._was_connected and (self._begins_anew(error) or may_pass(error))
         wait_s = self._patience.failed(error) if hopeful else None
         if wait_s is None or self.stopping:
             raise self._final(error) if hopeful else error

@@ -9,6 +9,7 @@ from common.errors import TrainingStopped, UserError
 from common.lanes import COMPUTE, Lanes
 from common.runtime import default_threads
 from common.trace import Tracer
+from edge.claim import Claim
 from edge.config import TrainConfig
 from edge.context import Context, build_context
 from edge.evaluation import Evaluations
@@ -24,7 +25,7 @@ from edge.run_folder import RunFolder, SessionKey
 from edge.saves import Saves, about
 from edge.supervisor import Supervisor
 from edge.tuner import Tuner
-from wire.errors import ConnectionLost, PeerError, RemoteProtocolError
+from wire.errors import RemoteProtocolError
 from wire.messages import Ready
 from wire.transport import run
 
@@ -53,10 +54,14 @@ class Trainer:
         self._tracer = Tracer("edge", enabled=config.trace is not None)
         self._records = Records(config, progress, self._tracer)
         self._supervisor = Supervisor(
-            config, progress, self._tracer, lost=self._lost, where=lambda: self._where
+            config,
+            progress,
+            self._tracer,
+            lost=self._lost,
+            begins_anew=lambda error: self._claim.begins_anew(error),
+            where=lambda: self._where,
         )
-        self._key = resumed
-        self._remembers = resumed is None  # what training has come to, and not only what was saved of it
+        self._claim = Claim(config, resumed)
         self.training = False
         self._job: Job | None = None
         self._context: Context | None = None
@@ -93,24 +98,28 @@ class Trainer:
             TrainingStopped: training cannot go on; the last good weights are saved where a file was asked for.
             WireError: the link failed, for good.
         """
-        config, records = self._config, self._records
+        config = self._config
         if config.checkpoint is not None:
             self._folder = RunFolder(config.checkpoint, keep=config.keep_checkpoints)
-            if self._key is None:
+            if self._claim.remembers:
                 self._folder.check_unused()
         with ExitStack() as resources:
+            if self._folder is not None:
+                resources.enter_context(self._folder.claimed())
             resources.callback(self._progress.finish)
             self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
             resources.callback(lanes.close)
             stopped, state = await self._supervisor.run(lambda link: self._use(link, resources))
-            summary = records.summary()
+            summary = self._records.summary()
             if config.trace is not None:
                 write_trace(self._tracer, config.trace)
                 self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
             raise TrainingStopped(f"{stopped}; {kept(self._config, self.steps)}") from stopped
+        records = self._records
+        scores = {"loss": records.loss, "accuracy": records.accuracy, "mcc": records.mcc}
         return TrainResult(
-            steps=self.steps, total_steps=self.total_steps, summary=summary, state=state, **records.scores
+            steps=self.steps, total_steps=self.total_steps, summary=summary, state=state, **scores
         )
 
     async def _use(
@@ -127,7 +136,8 @@ class Trainer:
         if self._job is None:
             self._job = await self._lanes.run(COMPUTE, "prepare", prepare, self._config)
         job = self._job
-        ready = await self._ask_for(job, link)
+        last = Outcome() if self._context is None else self._context.outcome
+        ready = await self._claim.ask(link, job.spec, last, self._folder)
         if self._folder is not None and not ready.saves:
             raise UserError(
                 "the server keeps no checkpoints: start cloud-server with --state-dir, or leave out --checkpoint"
@@ -138,30 +148,9 @@ class Trainer:
             self._context = build_context(job, link, self._lanes, ready.memory_format)
             self._set_up(job, self._context, ready, resources)
         self._context.link = link
-        if ready.step != self._context.outcome.step or not self._remembers:
+        if ready.step != self._context.outcome.step or not self._claim.remembers:
             await self._go_back(job, self._context, ready.step)
         self._supervisor.taken_up()
-
-    async def _ask_for(self, job: Job, link: Link) -> Ready:
-        if self._key is None:
-            self._key = SessionKey.new()
-            try:
-                ready = await link.open(self._key, job.spec)
-            except PeerError:
-                self._key = None  # it was refused: there is no session to come back to
-                raise
-            if self._folder is not None and ready.saves:
-                self._folder.write_settings(self._config, self._key)
-            return ready
-        outcome = Outcome() if self._context is None else self._context.outcome
-        saved = [] if self._folder is None else self._folder.steps
-        try:
-            return await link.resume(self._key, outcome if self._remembers else None, saved)
-        except PeerError as error:
-            if error.code == "unknown_session" and self._remembers and outcome.step == 0:
-                self._key = None  # nothing is lost by asking anew
-                raise ConnectionLost("the server has not got the job yet") from error
-            raise
 
     def _set_up(self, job: Job, context: Context, ready: Ready, resources: ExitStack) -> None:
         """Make what lasts from the first connection to the end of the run."""
@@ -173,7 +162,7 @@ class Trainer:
         self._evaluations = Evaluations(job, self._progress, lambda: self._supervisor.stopping)
         if self._folder is not None:
             self._saves = Saves(self._folder, config.checkpoint_every, about(job), self._progress.note)
-        self._records.open(job, resources, append=not self._remembers)
+        self._records.open(job, resources, append=not self._claim.remembers)
         self._progress.note(describe(job, ready))
         self._progress.start(
             total_steps=job.total_steps,
@@ -185,15 +174,18 @@ class Trainer:
         """Go on from a checkpoint, as the server does."""
         if self._folder is None:
             raise RemoteProtocolError(f"the server goes on after step {step}; here it is step {self.steps}")
+        what = f"going {'back' if self._claim.remembers else 'on'} to step {step}, the newest checkpoint"
+        self._claim.remembers = False  # until all is there: if the link is lost meanwhile, this is done again
+        if self._saves is not None:
+            await self._saves.written()
         state, its = await self._folder.read(step)
         check_same(about(job), its, f"the checkpoint in {self._folder.path}")
         await context.restore(step, state)
         await self._folder.went_back(step)
         self._records.went_back(step)
         self._evaluations.went_back()
-        way = "back" if self._remembers else "on"
-        self._progress.note(f"going {way} to step {step}, the newest checkpoint that both sides have")
-        self._remembers = True
+        self._progress.note(f"{what} that both sides have")
+        self._claim.remembers = True
 
     async def _lost(self, link: Link | None) -> None:
         """Come to rest between steps, after a connection has gone."""

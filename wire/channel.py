@@ -87,6 +87,11 @@ class Channel:
         """Too many messages wait to be sent."""
         return self._sender.waiting >= self._config.send_queue and self.failure is None
 
+    @property
+    def busy(self) -> bool:
+        """A message is on its way, here or there."""
+        return self.protocol.arriving or not self._sender.idle
+
     def lead(self, chunks: int) -> None:
         """Let activations that are sent from now on be ahead of gradients by so many chunks, see `wire.outbox`."""
         self._sender.lead(chunks)

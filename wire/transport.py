@@ -99,6 +99,11 @@ class Connection(asyncio.BufferedProtocol):
         """The peer's `time.monotonic_ns` minus ours."""
         return self._channel.protocol.clock.offset_ns
 
+    @property
+    def busy(self) -> bool:
+        """A message is on its way, in either direction; heartbeats see to it that it does not stay there."""
+        return self._channel.busy
+
     def lead(self, chunks: int) -> None:
         """Let activations that are sent from now on be ahead of gradients by so many chunks, see `wire.outbox`."""
         self._channel.lead(chunks)

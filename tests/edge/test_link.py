@@ -11,9 +11,8 @@ import pytest
 from common.errors import TrainingStopped
 from common.schedule import Action, Schedule, edge_schedule
 from common.trace import Tracer
-from edge.link import Link, open_link
+from edge.link import Link
 from edge.passes import Pass
-from edge.run_folder import SessionKey
 from wire.errors import ConnectionLost
 from wire.messages import Forward, Message
 
@@ -129,27 +128,3 @@ def test_pass_that_is_done_is_freed_at_once_with_all_that_it_holds() -> None:
         asyncio.run(train())
     finally:
         gc.enable()
-
-
-def test_what_the_user_of_a_link_makes_of_an_error_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A run that its server had never heard of ended with "unknown session", once, for that was the first error of
-    # two: the trainer had wanted to connect and ask anew.
-    connection = Connection()
-    connection.abort = lambda: None  # type: ignore[attr-defined]
-
-    async def connect(*_: object) -> Connection:
-        return connection
-
-    monkeypatch.setattr("edge.link.connect", connect)
-
-    async def use() -> None:
-        async with open_link("there", 1, Tracer("edge", enabled=False)) as link:
-            connection.broken.set()
-            spec: Any = SimpleNamespace(to_map=dict)
-            try:
-                await link.open(SessionKey.new(), spec)
-            except ConnectionLost as error:
-                raise ConnectionLost("ask anew") from error
-
-    with pytest.raises(ConnectionLost, match="ask anew"):
-        asyncio.run(use())

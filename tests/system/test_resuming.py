@@ -132,6 +132,26 @@ def test_run_that_is_stopped_and_one_that_is_done_can_be_gone_on_with(
             assert_same(saved, quiet)
 
 
+@pytest.mark.parametrize("server_knows", [True, False])
+def test_client_that_is_killed_before_its_first_checkpoint_begins_anew(
+    quiet: Path, port: int, state: Path, tmp_path: Path, server_knows: bool
+) -> None:
+    saved, folder, metrics = tmp_path / "model.safetensors", tmp_path / "run", tmp_path / "metrics.jsonl"
+    options = ("--steps", 40, "--save", saved, "--metrics", metrics, "--checkpoint", folder)
+    with serving_at(port, state) as (_, address):
+        assert train(address, *options).status == 0
+        for path in folder.glob("step-*"):
+            path.unlink()
+        if not server_knows:
+            for path in state.glob("*/step-*"):
+                path.unlink()
+        saved.unlink()
+        done(run("edge-client", "--resume", folder, *LIBRARY))
+    assert_same(saved, quiet)
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [record["step"] for record in records if record["event"] == "step"] == list(range(1, 41))
+
+
 def test_lost_state_of_the_server_is_one_line(port: int, state: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with serving_at(port, state) as (_, address):
