@@ -16,7 +16,7 @@ from benchmarks.mutations import MUTATIONS, RealFrame
 from tests.system.processes import Command, Ended, serving
 
 SEED = 1
-NOISE_BYTES, WARM_UP, FRAMES = 300_000, 300, 900
+NOISE_BYTES, WARM_UP, FRAMES = 300_000, 150, 300
 GROWTH_BYTES = 48 << 20
 TOKEN = b"a token for the tests"
 JOB = JOBS["conv+int8"]
