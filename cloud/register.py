@@ -14,6 +14,7 @@ from cloud.monitoring import Monitor
 from cloud.streams import GIB
 from cloud.tenant import Tenant
 from common.errors import IsthmusError
+from common.runtime import release_memory
 from wire.errors import WireError
 from wire.transport import Connection
 
@@ -111,6 +112,7 @@ class Register:
         self._folder = folder
         self._admission = asyncio.Lock()
         self._memory = threading.Lock()
+        self._most_in_memory = 0  # since the last sweep
 
     def folder_of(self, key: bytes) -> Path | None:
         """Return where a session is kept on disk."""
@@ -132,6 +134,9 @@ class Register:
         async with self._admission:
             await self._make_room()
             tenant.in_memory = True
+            self._most_in_memory = max(
+                self._most_in_memory, sum(tenant.in_memory for tenant in self.tenants.values())
+            )
 
     def reserve(self, tenant: Tenant, nbytes: int) -> None:
         """Take note of what a session takes in memory; in any thread.
@@ -231,7 +236,11 @@ class Register:
                     logger.error("session %s cannot be parked: %s", tenant.name, error)
             self.count()
             try:
-                await asyncio.to_thread(self._forget_old)
+                in_memory = sum(tenant.in_memory for tenant in self.tenants.values())
+            if in_memory < self._most_in_memory:
+                await asyncio.to_thread(release_memory)
+            self._most_in_memory = in_memory
+            await asyncio.to_thread(self._forget_old)
             except OSError as error:
                 logger.error("old sessions cannot be looked for: %s", error)
             await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))

@@ -21,6 +21,9 @@ from wire.transport import Connection
 
 logger = logging.getLogger(__name__)
 
+_BUILDS_AT_ONCE = 2
+"""Tracing a model is Python's work: many at once keep the event loop, and with it everybody, waiting."""
+
 _UNKNOWN = (
     "the server does not know this session any more; start it with the --state-dir it had, or begin a new run"
 )
@@ -40,6 +43,7 @@ class Service:
         self._threads = threads
         self._register = register
         self._turns = Turns()
+        self._building = asyncio.Semaphore(_BUILDS_AT_ONCE)
         self.draining = False
 
     async def attend(self, connection: Connection) -> None:
@@ -200,14 +204,15 @@ class Service:
         try:
             while tenant.session is None:
                 try:
-                    tenant.session = await Session.build(
-                        tenant.spec,
-                        self._device,
-                        self._turns,
-                        threads=self._threads,
-                        disk_limit=self._register.limits.disk_bytes,
-                        reserve=partial(self._register.reserve, tenant),
-                    )
+                    async with self._building:
+                        tenant.session = await Session.build(
+                            tenant.spec,
+                            self._device,
+                            self._turns,
+                            threads=self._threads,
+                            disk_limit=self._register.limits.disk_bytes,
+                            reserve=partial(self._register.reserve, tenant),
+                        )
                 except Crowded:
                     if not await self._register.make_way():
                         raise
