@@ -235,12 +235,12 @@ class Register:
                 except FAILURES as error:
                     logger.error("session %s cannot be parked: %s", tenant.name, error)
             self.count()
-            try:
-                in_memory = sum(tenant.in_memory for tenant in self.tenants.values())
+            in_memory = sum(tenant.in_memory for tenant in self.tenants.values())
             if in_memory < self._most_in_memory:
                 await asyncio.to_thread(release_memory)
             self._most_in_memory = in_memory
-            await asyncio.to_thread(self._forget_old)
+            try:
+                await asyncio.to_thread(self._forget_old)
             except OSError as error:
                 logger.error("old sessions cannot be looked for: %s", error)
             await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
