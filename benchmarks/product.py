@@ -81,6 +81,7 @@ def run_product(
         metrics = Path(name, "metrics.jsonl")
         environment = clean_environment()
         serve = [str(SCRIPTS / "cloud-server"), "--cpu", "--host", link.server_host, "--port", "0"]
+        serve.append("--insecure")  # the two network namespaces hold nobody else
         server = link.run_server(serve, stderr=server_log, env=environment)
         try:
             assert server.stdout is not None

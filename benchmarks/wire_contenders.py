@@ -58,7 +58,7 @@ def isthmus_receiver(pipe: Pipe) -> None:
 
     async def session(connection: Connection) -> None:
         await connection.receive()
-        await connection.send(Ready(False, "cpu", "contiguous", {}))
+        await connection.send(Ready(0, False, False, "cpu", "contiguous", {}))
         loop = asyncio.get_running_loop()
         while (job := await loop.run_in_executor(None, pipe.recv)) is not None:
             for _ in range(job[1]):
@@ -86,7 +86,7 @@ def isthmus_sender(pipe: Pipe) -> None:
 
     async def main() -> None:
         connection = await connect(LOOPBACK, pipe.recv(), WireConfig())
-        await connection.send(Open({}))
+        await connection.send(Open(bytes(16), bytes(32), {}))
         await connection.receive()
         pipe.send(None)
         loop = asyncio.get_running_loop()

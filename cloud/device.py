@@ -96,6 +96,11 @@ class LaneStreams:
             results = work(*(placed.tensors for placed in inputs))
             return self._mark(self._compute, tuple(t for t in results if t is not None))
 
+    @property
+    def settle(self) -> Callable[[], object] | None:
+        """Waits until the compute stream has done what it was given; None on a CPU, where work returns when done."""
+        return None if self._compute is None else self._compute.synchronize
+
     def computing(self) -> AbstractContextManager[object]:
         """Run a block on the compute stream."""
         return self._on(self._compute)

@@ -6,6 +6,9 @@ norm that is not finite; the edge then aborts it on both sides, and the scale is
 The rule is that of torch.amp.GradScaler.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 GROWTH_INTERVAL = 2000
 LARGEST = 2.0**24
 
@@ -33,3 +36,11 @@ class LossScale:
         self._good_steps = 0
         if self.enabled:
             self.value = max(self.value / 2, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scale and its history, as plain values."""
+        return {"value": self.value, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to what `state_dict` returned, of a job with scaling on or off as here."""
+        self.value, self._good_steps = float(state["value"]), int(state["good_steps"])

@@ -1,7 +1,8 @@
 """The middle of one job: built, checked, trained. Every method runs on the session's compute lane."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from cloud.device import Device
 from cloud.loss_scale import LossScale
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
+from common.memory import model_bytes, training_bytes
 from common.memory_format import SAMPLES, choose_memory_format
 from common.models import build_model, is_registered, model_inputs
 from common.narrowing import committed_steps
@@ -38,6 +40,8 @@ class Sizes:
 
 UNKNOWN = Sizes()
 
+Reserve: TypeAlias = Callable[[int], None]
+
 
 class Middle:
     """The middle partition with its optimizer.
@@ -46,6 +50,7 @@ class Middle:
         spec: the job.
         device: where it computes.
         max_payload: the most bytes that a message carries.
+        reserve: is told how many bytes of memory the job takes, before it takes them, and may refuse.
 
     Raises:
         UserError: the model, a cut or a bottleneck is unknown or does not fit, or a chunk fits no message.
@@ -56,13 +61,22 @@ class Middle:
         stage: the partition at work.
     """
 
-    def __init__(self, spec: JobSpec, device: Device, max_payload: int = DEFAULT_LIMITS.max_payload) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        device: Device,
+        max_payload: int = DEFAULT_LIMITS.max_payload,
+        *,
+        reserve: Reserve = lambda nbytes: None,
+    ) -> None:
+        reserve(model_bytes(spec.model) or 0)  # of the whole model, which is built before it is cut
         parts = _build(spec)
         parts.front.free()
         parts.back.free()
         self._parts = parts
         self._chunk_size = spec.chunk_size
         self._check_size(max_payload)
+        reserve(_training_bytes(spec, parts, device))
         self._scale = LossScale(enabled=spec.amp == "fp16")
         self.needs_weights = state_digest(partition_state(parts.middle)) != spec.digest
         middle = parts.middle.to(device.torch_device)
@@ -201,10 +215,33 @@ class Middle:
         self.stage.commit(scale)
         self._scale.stepped()
 
-    def rollback(self) -> None:
-        """Undo the step."""
+    def drop(self) -> None:
+        """Undo the step, whose gradients were not finite."""
         self.stage.rollback()
         self._scale.overflowed()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return everything that training changes; later steps change it too, so copy it."""
+        return {"stage": self.stage.snapshot(), "scale": self._scale.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `snapshot` returned."""
+        self.stage.restore(state["stage"])
+        self._scale.load_state_dict(state["scale"])
+        self.needs_weights = False
+
+
+def _training_bytes(spec: JobSpec, parts: Split, device: Device) -> int:
+    return training_bytes(
+        parts.middle,
+        parts.cut1,
+        chunk_size=spec.chunk_size,
+        in_flight=min(spec.in_flight, spec.chunks),
+        optim=spec.optim,
+        tokens=spec.model.tokens,
+        device=device.torch_device,
+        amp=None if spec.amp == "none" else AMP_DTYPES[spec.amp],
+    ).total
 
 
 def _build(spec: JobSpec) -> Split:

@@ -1,6 +1,7 @@
 """What the server keeps of one pass of chunks, a training step's or an evaluation's, while it is under way."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -30,7 +31,9 @@ class Passing:
         placed: what has come and waits to be computed; empty while it is decoded.
         sizes: of each chunk that came forward.
         facts: of each chunk that is in flight, for the codecs.
+        encoded: answers that are ready to leave.
         in_flight: chunks that came forward and whose last answer has not left yet.
+        began_s: when it began, by `time.monotonic`.
         busy_before_s: seconds that each lane had been busy when it began.
     """
 
@@ -45,8 +48,15 @@ class Passing:
     placed: dict[Action, Placed] = field(default_factory=dict)
     sizes: dict[int, Sizes] = field(default_factory=dict)
     facts: dict[int, Facts] = field(default_factory=dict)
+    encoded: int = 0
     in_flight: int = 0
+    began_s: float = field(default_factory=time.monotonic)
     busy_before_s: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """A training step that only lacks the client's word: all its answers have been made."""
+        return not self.evaluate and self.encoded == 2 * self.chunks
 
     def accept(self, message: Forward | Backward) -> tuple[Action, int]:
         """Take note of tensors that came; return the action that they make possible and their cut.

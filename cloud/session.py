@@ -1,299 +1,289 @@
-"""One client's job on the server: builds the middle, runs its part of every step, answers until goodbye.
+"""One client's job on the server: the middle, its codecs and where they stand, whatever becomes of connections.
 
-The connection's receive loop (`Session.run`) only sorts messages. Decoding, computing and encoding run on the
-session's lanes; `Driver` orders the computing. Whatever fails anywhere ends the session with one typed error,
-and the server goes on.
+A step ends in one of two ways, and always in one piece: applied or dropped, `Session.conclude`. When the
+connection breaks in between, the session comes to rest (`suspend`): a step that has not come through is undone,
+but one that only lacks the client's word is kept as *pending*, for the client may have applied it already.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from cloud.device import Device, LaneStreams, Placed
-from cloud.middle import Middle
+from cloud.device import Device, LaneStreams
+from cloud.middle import Middle, Reserve
 from cloud.passing import Passing
 from cloud.streams import Streams, check_disk
+from cloud.turns import Turns
 from cloud.work import Work
-from common.driver import Driver
-from common.errors import IsthmusError
-from common.groups import first_error
 from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
-from common.schedule import Action, cloud_schedule
+from common.snapshot import detached
 from common.spec import CUTS, JobSpec
 from common.trace import Tracer
 from common.traffic import Sent
-from wire.errors import RemoteProtocolError, StorageFailed
-from wire.messages import (
-    Abort,
-    Backward,
-    Begin,
-    Bye,
-    Commit,
-    Committed,
-    Fetch,
-    Forward,
-    Message,
-    Open,
-    Ready,
-    Weights,
-)
-from wire.streams import Encodings, WeightsReceiver, chunk_message, weights_messages
-from wire.transport import Connection
 
-MAX_EVALUATION_CHUNKS = 1 << 24
+State = dict[str, Any]
 
 
 class Session:
-    """One connection and the job on it.
+    """A job at work; `Session.build` makes it.
 
     Args:
-        connection: past its handshake.
+        spec: the job.
         device: where the middle computes.
+        turns: of the sessions at it.
         threads: torch's threads for computing.
-        disk_limit: bytes of disk that the client's codecs may take.
+
+    Attributes:
+        spec: the job.
+        lanes: compute, encode and decode threads.
+        tracer: of what they do.
+        middle: what is trained.
+        work: what the lanes do with chunks.
+        training: the ends of training's streams.
+        concluded: the last step that was applied or dropped; 0 before the first.
+        pending: the step after it, where that only lacks the client's word.
+        applied: steps applied so far, which what crosses may depend on.
+        broken: it was changed halfway, by the end of a step or by a snapshot; only `restore` makes it usable again.
     """
 
-    def __init__(self, connection: Connection, device: Device, threads: int, disk_limit: int) -> None:
-        self._connection = connection
+    def __init__(self, spec: JobSpec, device: Device, turns: Turns, threads: int) -> None:
+        self.spec = spec
+        self.tracer = Tracer("cloud", enabled=spec.trace)
+        self.lanes = Lanes(self.tracer, threads)
+        self.concluded = self.applied = 0
+        self.pending: int | None = None
+        self.broken = False
+        self.middle: Middle
+        self.work: Work
+        self.training: Streams
         self._device = device
-        self._disk_limit = disk_limit
-        self._tracer = Tracer("cloud", enabled=False)
         self._streams = LaneStreams(device)
-        self._lanes = Lanes(self._tracer, threads)
-        self._step = self._aborted = -1
-        self._committed = 0
-        self._passing: Passing | None = None
-        self._sent = Sent()
+        self._share = turns.join(self._streams.settle)
         self._resources = ExitStack()
-        self._incoming: WeightsReceiver | None = None
-        self._tasks: asyncio.TaskGroup
+        self._concluding: asyncio.Future[Any] | None = None
+        self._stored: State | None = None  # what makes the pending step complete, where that is not at work
 
-    async def run(self) -> None:
-        """Serve the job until the client says goodbye.
+    @classmethod
+    async def build(
+        cls, spec: JobSpec, device: Device, turns: Turns, *, threads: int, disk_limit: int, reserve: Reserve
+    ) -> "Session":
+        """Build the middle of a job.
+
+        Args:
+            spec: the job.
+            device: where the middle computes.
+            turns: of the sessions at it.
+            threads: torch's threads for computing.
+            disk_limit: bytes of disk that its codecs may take.
+            reserve: is told how many bytes of memory it will take, before it does; may refuse.
 
         Raises:
-            WireError: the connection or the peer failed.
-            IsthmusError: the job cannot be done; the message is for the client.
+            UserError: the job cannot be done; says why.
         """
+        session = cls(spec, device, turns, threads)
         try:
-            await self._open()
-            async with asyncio.TaskGroup() as self._tasks:
-                while not isinstance(message := await self._connection.receive(), Bye):
-                    await self._take(message)
-                self._cancel_step()
-        except ExceptionGroup as group:
-            raise first_error(group, IsthmusError, RemoteProtocolError, StorageFailed) from None
-        finally:
-            await asyncio.to_thread(self._lanes.close)  # waits for what is being computed
-            self._resources.close()
+            await session._build(disk_limit, reserve)
+        except BaseException:
+            await session.close()
+            raise
+        return session
 
-    async def _open(self) -> None:
-        message = await self._connection.receive()
-        if not isinstance(message, Open):
-            raise RemoteProtocolError(f"expected open, got {type(message).__name__.lower()}")
-        spec = JobSpec.from_map(message.spec)
-        self._spec = spec
-        self._tracer.enabled = spec.trace
-        self._middle = middle = await self._lanes.run(COMPUTE, "build", Middle, spec, self._device)
-        self._work = Work(middle, self._streams, spec.seed)
-        self._training = self._make_streams()
-        check_disk(spec.codecs, {c: middle.crossing(c, gradients=False) for c in CUTS}, self._disk_limit)
-        self._resources.callback(self._training.close)
-        if middle.needs_weights:
-            self._incoming = WeightsReceiver(middle.stage.partition.state_dict())
-        await self._connection.send(
-            Ready(
-                need_weights=middle.needs_weights,
-                device=self._device.name,
-                memory_format=middle.memory_format,
-                detail={"torch": torch.__version__},
-            )
+    async def _build(self, disk_limit: int, reserve: Reserve) -> None:
+        self.middle = middle = await self.lanes.run(
+            COMPUTE, "build", partial(Middle, self.spec, self._device, reserve=reserve)
         )
+        self.lanes.turn = self._share  # building takes long, and whoever is training does not wait for it
+        self.work = Work(middle, self._streams, self.spec.seed)
+        self.training = self.new_streams()
+        check_disk(self.spec.codecs, {c: middle.crossing(c, gradients=False) for c in CUTS}, disk_limit)
+        self._resources.callback(self.training.close)
 
-    def _make_streams(self) -> Streams:
-        return Streams.make(self._spec.codecs, self._middle.max_bytes())
+    async def close(self) -> None:
+        """Give everything up, once what is being computed is done."""
+        self._share.leave()
+        await asyncio.to_thread(self.lanes.close)
+        self._resources.close()
 
-    async def _take(self, message: Message) -> None:
-        match message:
-            case Weights():
-                await self._take_weights(message)
-            case _ if self._incoming is not None:
-                raise RemoteProtocolError("the middle's weights must come before any step")
-            case Begin():
-                self._begin(message)
-            case Forward() | Backward():
-                self._take_tensors(message)
-            case Commit():
-                await self._commit(message)
-            case Abort():
-                await self._abort(message)
-            case Fetch():
-                await self._send_weights(message)
-            case _:
-                raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()}")
+    def new_streams(self) -> Streams:
+        """Make the ends of the streams of an evaluation, so that it changes nothing of training."""
+        return Streams.make(self.spec.codecs, self.middle.max_bytes())
 
-    async def _take_weights(self, message: Weights) -> None:
-        if self._incoming is None:
-            raise RemoteProtocolError("weights came that were not asked for")
-        state = self._incoming.take(message)
-        if state is not None:
-            self._incoming = None
-            await self._lanes.run(COMPUTE, "load", self._work.between, self._middle.load, state)
-            self._committed = self._middle.committed
+    async def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Start from the client's weights.
 
-    async def _send_weights(self, message: Fetch) -> None:
-        if message.what != "weights" or self._passing is not None:
-            raise RemoteProtocolError(
-                f"{message.what!r} was asked for; there are weights to fetch, between steps"
-            )
-        state = await self._lanes.run(COMPUTE, "state", self._work.between, self._middle.state)
-        for piece in weights_messages(state):
-            await self._connection.send(piece)
+        Raises:
+            CorruptPayload: they do not fit together.
+        """
+        await self.lanes.run(COMPUTE, "load", self.work.between, self.middle.load, weights)
+        self.applied = self.middle.committed
 
-    def _begin(self, message: Begin) -> None:
-        if self._passing is not None:
-            raise RemoteProtocolError(f"step {message.step} begins before step {self._passing.step} ended")
-        limit = MAX_EVALUATION_CHUNKS if message.evaluate else self._spec.chunks
-        if message.chunks > limit:
-            raise RemoteProtocolError(f"a step of {message.chunks} chunks; the limit is {limit}")
-        if not message.evaluate:
-            if message.step <= self._step:
-                raise RemoteProtocolError(f"step {message.step} begins after step {self._step}")
-            self._step = message.step
-            self._lanes.run(COMPUTE, "begin", self._work.between, self._middle.stage.begin_step)
-        schedule = cloud_schedule(message.chunks, evaluate=message.evaluate)
-        passing = Passing(
-            step=message.step,
-            evaluate=message.evaluate,
-            committed=self._committed,
-            chunks=message.chunks,
-            most_in_flight=self._spec.in_flight,
-            # An evaluation has streams of its own, so that it changes nothing of training.
-            codecs=self._make_streams() if message.evaluate else self._training,
-            driver=Driver(schedule, lambda action: self._perform(passing, action)),
-            busy_before_s=self._busy_s(),
+    async def weights(self) -> dict[str, Tensor]:
+        """Return parameters and buffers, by name, in host memory."""
+        return await self.lanes.run(COMPUTE, "state", self.work.between, self.middle.state)
+
+    def begin(self) -> None:
+        """Begin a training step, in order with what is queued."""
+        self.lanes.run(COMPUTE, "begin", self.work.between, self.middle.stage.begin_step)
+
+    def conclude(self, step: int, *, applied: bool, scale: float | None = None) -> asyncio.Future[Any]:
+        """End a step, in order with what is queued; shield the result, so that it is carried through.
+
+        Args:
+            step: its number.
+            applied: apply it, or drop it.
+            scale: what gradients are multiplied by, where it is given.
+        """
+        self.concluded, self.pending = step, None
+        self.applied += applied
+        end = (self.middle.commit, scale) if applied else (self.middle.drop,)
+        self._concluding = asyncio.gather(
+            self.lanes.run(COMPUTE, "commit" if applied else "rollback", self.work.between, *end),
+            *self._settle(applied=applied),
         )
-        passing.driving = self._tasks.create_task(self._drive(passing))
-        self._passing = passing
+        self._concluding.add_done_callback(self._concluded)
+        return self._concluding
 
-    async def _drive(self, passing: Passing) -> None:
-        try:
-            await passing.driver.run()
-        except ValueError as error:
-            raise RemoteProtocolError(str(error)) from error
-        if passing.evaluate:
-            self._passing = None
-
-    def _take_tensors(self, message: Forward | Backward) -> None:
-        evaluates = isinstance(message, Forward) and message.evaluate
-        if message.step <= self._aborted and not evaluates:
-            return  # it was under way when its step was aborted
-        passing = self._passing
-        if passing is None:
-            raise RemoteProtocolError(f"{message.kind} of step {message.step} came outside that step")
-        action, cut = passing.accept(message)
-        decoding = self._lanes.run(DECODE, str(action), self._work.decode, passing, message, cut)
-        self._tasks.create_task(self._arrive(passing, action, decoding))
-
-    async def _arrive(self, passing: Passing, action: Action, decoding: asyncio.Future[Placed]) -> None:
-        placed = await decoding
-        if passing is self._passing:  # else the step was aborted meanwhile
-            passing.placed[action] = placed
-            passing.driver.arrive(action)
-
-    async def _perform(self, passing: Passing, action: Action) -> None:
-        placed = passing.placed.pop(action)
-        work = self._work.backward if action.backward else self._work.forward
-        results, norm_sq = await self._lanes.run(COMPUTE, str(action), work, passing, action, placed)
-        cut = 1 if action.backward else 2
-        names = [info.name for info in self._middle.crossing(cut, gradients=action.backward)]
-        encoding = self._lanes.run(
-            ENCODE, str(action), self._work.encode, passing, action, cut, names, results
-        )
-        self._tasks.create_task(self._send(passing, action, names, encoding, norm_sq))
-
-    async def _send(
-        self,
-        passing: Passing,
-        action: Action,
-        names: list[str],
-        encoding: asyncio.Future[Encodings],
-        norm_sq: float | None,
-    ) -> None:
-        message = chunk_message(
-            await encoding,
-            names,
-            passing.step,
-            action.chunk,
-            backward=action.backward,
-            evaluate=passing.evaluate,
-            norm_sq=norm_sq,
-        )
-        receipt = await (await self._connection.send(message))
-        passing.answered(action)
-        if receipt.start_ns is not None and receipt.end_ns is not None:
-            self._sent.add(str(action), receipt.size, receipt.busy_ns / 1e9, self._connection.bytes_per_s)
-            self._tracer.record("send", str(action), receipt.start_ns, receipt.end_ns, bytes=receipt.size)
-
-    async def _commit(self, message: Commit) -> None:
-        passing = self._training_step(message, "commit")
-        if not passing.driving.done():
-            raise RemoteProtocolError(f"commit of step {message.step} came before its last gradient had left")
-        await passing.driving
-        self._passing = None
-        self._committed += 1
-        applied = [
-            self._lanes.run(COMPUTE, "commit", self._work.between, self._middle.commit, message.scale),
-            *self._settle(applied=True),
-        ]
-        self._tasks.create_task(self._confirm(passing, applied))
+    def _concluded(self, concluding: asyncio.Future[Any]) -> None:
+        self.broken |= concluding.cancelled() or concluding.exception() is not None
 
     def _settle(self, *, applied: bool) -> list[asyncio.Future[None]]:
         """End a step for training's codecs, on the lanes that use them: after what is queued there."""
         what = "commit" if applied else "rollback"
         return [
-            self._lanes.run(lane, what, stream.commit if applied else stream.rollback)
-            for lane, streams in ((ENCODE, self._training.encoders), (DECODE, self._training.decoders))
-            for stream in streams.values()
+            self.lanes.run(lane, what, stream.commit if applied else stream.rollback)
+            for lane, stream in self._training()
         ]
 
-    async def _confirm(self, passing: Passing, applied: Sequence[asyncio.Future[None]]) -> None:
-        await asyncio.gather(*applied)  # the next step may have begun meanwhile
-        detail: dict[str, Any] = {
-            "busy_s": {
-                lane: seconds - passing.busy_before_s[lane] for lane, seconds in self._busy_s().items()
-            },
-            "mean_s": self._lanes.take_means(),
-            "sizes": self._sent.take_sizes(),
-            "rate_bit_s": self._sent.rate_bit_s,
+    def _training(self) -> list[tuple[str, Any]]:
+        encoders, decoders = self.training.encoders.values(), self.training.decoders.values()
+        return [*((ENCODE, stream) for stream in encoders), *((DECODE, stream) for stream in decoders)]
+
+    def busy_s(self, sent: Sent) -> dict[str, float]:
+        """Return the seconds that each lane has worked, and the connection was sending."""
+        return {**self.lanes.busy_s, "send": sent.busy_s}
+
+    def detail(self, passing: Passing, sent: Sent) -> State:
+        """Say how long a step took here, what it sent, and, for a trace, when; since this was said last."""
+        busy = {lane: s - passing.busy_before_s[lane] for lane, s in self.busy_s(sent).items()}
+        detail = {
+            "busy_s": busy,
+            "mean_s": self.lanes.take_means(),
+            "sizes": sent.take_sizes(),
+            "rate_bit_s": sent.rate_bit_s,
         }
-        if self._tracer.enabled:
-            detail["events"] = self._tracer.to_plain(clear=True)
-        await self._connection.send(Committed(step=passing.step, detail=detail))
+        return {**detail, "events": self.tracer.to_plain(clear=True)} if self.tracer.enabled else detail
 
-    async def _abort(self, message: Abort) -> None:
-        self._training_step(message, "abort")
-        self._aborted = message.step
-        self._cancel_step()
-        undone = [
-            self._lanes.run(COMPUTE, "rollback", self._work.between, self._middle.rollback),
-            *self._settle(applied=False),
+    async def suspend(self, passing: Passing | None) -> None:
+        """Come to rest, after the connection and with it everything that waited for the lanes has gone.
+
+        Args:
+            passing: what was under way.
+        """
+        if self._concluding is not None:
+            await asyncio.wait((self._concluding,))
+        # The lanes work in order: behind this, nothing of the connection's is left on them.
+        await asyncio.gather(*(self.lanes.run(lane, "rest", _nothing) for lane in (COMPUTE, ENCODE, DECODE)))
+        if passing is None or passing.evaluate:
+            return
+        if passing.complete:
+            self.pending = passing.step
+        else:
+            await self._undo()
+
+    async def meet(self, step: int, *, applied: bool, scale: float | None) -> None:
+        """Bring the session to the step that the client has concluded.
+
+        Args:
+            step: the last one concluded, or the one after it.
+            applied: whether the client has applied it; then it has to be pending where it is the one after.
+            scale: what it multiplied gradients by.
+        """
+        stored, self._stored = self._stored, None
+        if step > self.concluded:
+            if applied and stored is not None:
+                await self._take_up(stored)
+            await asyncio.shield(self.conclude(step, applied=applied, scale=scale))
+        elif self.pending is not None:
+            await self._undo()
+
+    async def _take_up(self, stored: State) -> None:
+        """Make a step complete again that was pending when a snapshot was taken."""
+        restore = self.middle.stage.restore_pending
+        await self.lanes.run(COMPUTE, "restore", self.work.between, restore, stored["stage"])
+        await self._restore_streams(stored["streams"])
+
+    async def _undo(self) -> None:
+        """Bring everything back to the last step concluded."""
+        self.pending = None
+        undone = self.lanes.run(COMPUTE, "rollback", self.work.between, self.middle.stage.rollback)
+        try:
+            await asyncio.gather(undone, *self._settle(applied=False))
+        except BaseException:
+            self.broken = True
+            raise
+
+    def snapshot(self) -> Awaitable[State]:
+        """Copy everything that the session is between two steps: now, before what is queued after this call."""
+        parts = (
+            self.lanes.run(COMPUTE, "snapshot", self.work.between, _copy_of, self.middle.snapshot),
+            *self._copies_of_streams(),
+        )
+        return self._together(self.applied, parts)
+
+    async def _together(self, applied: int, parts: Sequence[Awaitable[Any]]) -> State:
+        middle, *streams = await asyncio.gather(*parts)
+        return {"applied": applied, "middle": middle, "streams": streams, "pending": None}
+
+    async def snapshot_at_rest(self) -> State:
+        """Copy everything, a pending step too, while no connection is there."""
+        if self.pending is not None and self._stored is None:
+            copying = self.lanes.run(
+                COMPUTE, "snapshot", self.work.between, _copy_of, self.middle.stage.pending
+            )
+            step, streams = self.pending, await asyncio.gather(*self._copies_of_streams())
+            self._stored = {"stage": await copying, "streams": streams}
+            await self._undo()
+            self.pending = step
+        stored = None if self._stored is None else {"step": self.pending, **self._stored}
+        return {**await self.snapshot(), "pending": stored}
+
+    def _copies_of_streams(self) -> list[asyncio.Future[Any]]:
+        return [
+            self.lanes.run(lane, "snapshot", _copy_of, stream.state_dict) for lane, stream in self._training()
         ]
-        await asyncio.gather(*undone)
 
-    def _training_step(self, message: Commit | Abort, what: str) -> Passing:
-        passing = self._passing
-        if passing is None or passing.evaluate or message.step != passing.step:
-            raise RemoteProtocolError(f"{what} of step {message.step}, which is not under way")
-        return passing
+    async def restore(self, step: int, state: State) -> None:
+        """Take a snapshot over.
 
-    def _busy_s(self) -> dict[str, float]:
-        return {**self._lanes.busy_s, "send": self._sent.busy_s}
+        Args:
+            step: the last one concluded then.
+            state: what was copied.
+        """
+        restore = self.middle.restore
+        self.broken = True  # until all of it is there
+        await self.lanes.run(COMPUTE, "restore", self.work.between, restore, state["middle"])
+        await self._restore_streams(state["streams"])
+        self.concluded, self.applied, self._stored = step, state["applied"], state["pending"]
+        self.pending = None if self._stored is None else self._stored["step"]
+        self.broken = False
 
-    def _cancel_step(self) -> None:
-        if self._passing is not None:
-            self._passing.driving.cancel()
-            self._passing = None
+    async def _restore_streams(self, states: list[Any]) -> None:
+        await asyncio.gather(
+            *(
+                self.lanes.run(lane, "restore", stream.load_state_dict, state)
+                for (lane, stream), state in zip(self._training(), states, strict=True)
+            )
+        )
+
+
+def _nothing() -> None:
+    pass
+
+
+def _copy_of(state: Callable[[], State]) -> State:
+    copy: State = detached(state())
+    return copy

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from statistics import fmean
 from typing import TypeVar
 
@@ -28,6 +29,8 @@ class Lanes:
 
     Attributes:
         busy_s: seconds of work by lane.
+        turn: entered in the compute lane's thread around each piece of its work, where several sessions share a
+            device; None to compute at once. What entering waits counts as no work.
     """
 
     def __init__(self, tracer: Tracer, threads: int) -> None:
@@ -42,6 +45,7 @@ class Lanes:
             for lane in (ENCODE, DECODE, COMPUTE)
         }
         self.busy_s: dict[str, float] = dict.fromkeys(self._executors, 0.0)
+        self.turn: AbstractContextManager[object, None] | None = None
         self._taken: dict[str, dict[str, list[float]]] = {lane: {} for lane in self._executors}
 
     def run(self, lane: str, name: str, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
@@ -58,7 +62,13 @@ class Lanes:
                 self._taken[lane].setdefault(name[:2], []).append(seconds)
                 self._tracer.record(lane, name, start_ns, end_ns)
 
-        return asyncio.get_running_loop().run_in_executor(self._executors[lane], timed)
+        def in_turn() -> T:
+            if lane != COMPUTE or self.turn is None:
+                return timed()
+            with self.turn:
+                return timed()
+
+        return asyncio.get_running_loop().run_in_executor(self._executors[lane], in_turn)
 
     def take_means(self) -> dict[str, dict[str, float]]:
         """Return the mean seconds by lane and kind of action (``0F``) since the last call."""

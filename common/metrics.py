@@ -139,6 +139,36 @@ class SummaryReport:
 Report: TypeAlias = StepReport | EvalReport | SummaryReport
 
 
+def rewind_metrics(path: Path, step: int) -> None:
+    """Bring a metrics file back to where a step had just been made: nothing after it is in it any more.
+
+    Args:
+        path: the file; where there is none, or it is a pipe or a device, nothing happens.
+        step: the last step that stays. Its evaluation goes, for it is made again.
+
+    Raises:
+        UserError: the file cannot be read or written.
+    """
+    if not path.is_file():
+        return
+    try:
+        kept = [line for line in path.read_text().splitlines(keepends=True) if _is_before(line, step)]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the metrics in {path} cannot be gone on with: {error}") from error
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        at = record["step"]
+        return bool(line.endswith("\n") and (at < step or (at == step and record["event"] == "step")))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 def ratio(part: float, whole: float) -> float | None:
     """Divide, or give None where there is nothing to divide by."""
     return part / whole if whole > 0 else None

@@ -98,7 +98,7 @@ def model_inputs(spec: ModelSpec) -> tuple[TensorInfo, ...]:
     return text_config.inputs_of(spec.config, spec.tokens or text_config.DEFAULT_TOKENS)
 
 
-def build_model(spec: ModelSpec, *, offline: bool = False) -> nn.Module:
+def build_model(spec: ModelSpec, *, offline: bool = False, device: str = "cpu") -> nn.Module:
     """Build a model on the CPU, in training mode: a pure function of the spec and of the file that it names.
 
     Random weights come from torch's default generator seeded with ``spec.seed``, which is put back as it was.
@@ -106,6 +106,7 @@ def build_model(spec: ModelSpec, *, offline: bool = False) -> nn.Module:
     Args:
         spec: what to build.
         offline: take a text model's weights from this machine, and fetch none.
+        device: ``meta`` for a structure that takes no memory, of random weights only.
 
     Raises:
         UserError: no such model or weights, weights that cannot be fetched or read, or that belong to another
@@ -127,7 +128,7 @@ def build_model(spec: ModelSpec, *, offline: bool = False) -> nn.Module:
             ".pt file's path"
         )
     if spec.weights is None or spec.name in _registered or is_path(spec.weights):
-        model = _build_random(spec)
+        model = _build_random(spec, device=device)
         if spec.weights is not None:
             load_matching(model, load_state(Path(spec.weights)), spec, spec.weights)
         return model.train()
@@ -231,19 +232,30 @@ def _builder_options(spec: ModelSpec, image_size: int | None, transform_input: b
 
 
 def _build_text(
-    spec: ModelSpec, config: Mapping[str, Any], *, pretrained: bool = False, offline: bool = True
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    *,
+    pretrained: bool = False,
+    offline: bool = True,
+    device: str = "cpu",
 ) -> nn.Module:
     return text_models.build_text_model(
-        spec.name, config, spec.num_classes, seed=spec.seed, pretrained=pretrained, offline=offline
+        spec.name,
+        config,
+        spec.num_classes,
+        seed=spec.seed,
+        pretrained=pretrained,
+        offline=offline,
+        device=device,
     )
 
 
 def _build_random(
-    spec: ModelSpec, *, image_size: int | None = None, transform_input: bool = False
+    spec: ModelSpec, *, image_size: int | None = None, transform_input: bool = False, device: str = "cpu"
 ) -> nn.Module:
     if spec.config is not None:
-        return _build_text(spec, spec.config)
-    with seeded(spec.seed, torch.device("cpu")), torch.device("cpu"):
+        return _build_text(spec, spec.config, device=device)
+    with seeded(spec.seed, torch.device("cpu")), torch.device(device):
         if spec.name in _registered:
             builder = _registered[spec.name]
             return builder(num_classes=spec.num_classes)

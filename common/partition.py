@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from common.crossing import Crossing, cut_in_three
 from common.errors import UserError
 from common.exported import export_modes
+from common.fx_sources import forget_old_sources
 from common.graph import trace_modes
 from common.inputs import image_input, text_input
 from common.presets import preset_cuts
@@ -257,6 +258,7 @@ def split(model: nn.Module, cuts: tuple[str, str], inputs: Sequence[TensorInfo])
         )
         for index in range(len(PARTS))
     ]
+    forget_old_sources()
     _check_disjoint(partitions, cuts)
     front, middle, back = partitions
     return Split(

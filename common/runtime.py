@@ -1,4 +1,4 @@
-"""The process's own set-up, done before torch does any work: memory allocation, threads, and what it used.
+"""The process's own set-up, done before torch does any work: memory allocation, threads, what it used and may use.
 
 glibc gives memory of 32 MB and more back to the system when it is freed, and from threads other than the
 first nearly all of it: their arenas are cut into heaps of 64 MB. A training step frees and takes the same
@@ -15,14 +15,17 @@ import logging
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 __all__ = [
     "default_threads",
+    "machine_bytes",
     "peak_rss_bytes",
     "prepare_process",
     "raise_malloc_thresholds",
+    "release_memory",
     "rss_bytes",
     "set_threads",
 ]
@@ -88,6 +91,16 @@ def raise_malloc_thresholds() -> bool:
     return True
 
 
+def release_memory() -> None:
+    """Give back to the system what the C library keeps of memory that is free; takes milliseconds.
+
+    With the thresholds of `raise_malloc_thresholds` it gives nothing back by itself. Elsewhere than on glibc nothing
+    happens.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def default_threads() -> int:
     """Count the cores that this process may use: its affinity, and its control group's quota rounded up."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -136,3 +149,38 @@ def rss_bytes() -> int:
     except (OSError, ValueError, IndexError):
         return peak_rss_bytes()
     return pages * resource.getpagesize()
+
+
+def machine_bytes(gpu: int | None = None, *, root: Path = Path("/")) -> int:
+    """Return the memory that there is to compute in: the machine's or what its control group allows, or a GPU's.
+
+    Args:
+        gpu: index of the GPU; None for the CPU.
+        root: where the system's files are.
+    """
+    if gpu is not None:
+        import torch
+
+        return int(torch.cuda.get_device_properties(gpu).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min((total, *_group_limits(root)))
+
+
+def _group_limits(root: Path) -> Iterator[int]:
+    """What the process's control groups, and those that they are part of, allow; of either version."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, kinds, path = line.split(":", 2)
+        if number != "0" and "memory" not in kinds.split(","):
+            continue
+        below, name = ("", "memory.max") if number == "0" else ("memory", "memory.limit_in_bytes")
+        top = root / "sys/fs/cgroup" / below
+        group = top / path.lstrip("/")  # which a container may not see: then the top is its own
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):
+                yield int((folder / name).read_text(encoding="ascii"))  # "max", for no limit, is a ValueError
+            if folder == top:
+                break

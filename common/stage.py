@@ -5,22 +5,28 @@ A step on a stage is a transaction (DESIGN invariant 2)::
     begin_step ── forward(chunk) / backward(chunk) … ── commit(scale)      weights, momenta, schedule, widths move
               └──────────────────────────────────────── rollback()         everything is as before begin_step
 
+What is outside a transaction, `snapshot` takes and `restore` brings back, in this process or a later one; a step
+whose chunks have all run is taken by `pending` besides.
+
 The graph of a chunk lives from its forward to its backward. Both may be called for different chunks in any
 interleaving; each kind is called in chunk order, so that BatchNorm statistics and accumulated gradients are
 those of a plain loop over the chunks.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common.entry import Entry
+from common.errors import UserError
 from common.narrowing import count_step, narrowing_layers, penalize
 from common.optim import OptimSpec, apply_scale, build_optimizer, grad_norm_sq
 from common.seeding import derive_seed
+from common.snapshot import detached
 
 # torch's default generator is one per process, and a process may hold several stages (front and back on the
 # edge, many sessions on the cloud): whoever seeds it keeps it until its forward is done.
@@ -36,53 +42,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with _DEFAULT_GENERATOR, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-class Entry:
-    """An input of a chunk, and the gradient that comes back to it.
-
-    A leaf's ``.grad`` would not do: torch lays it out like the leaf, and the stage before has to meet the
-    gradient in the order in which the unsplit model would give it, or its operators round otherwise.
-
-    Args:
-        tensor: the input, detached.
-        needs_grad: whether a gradient of it is wanted.
-    """
-
-    def __init__(self, tensor: Tensor, needs_grad: bool) -> None:
-        self._tensor = tensor.requires_grad_(needs_grad)
-        self._gradient: Tensor | None = None
-
-    def enter(self) -> Tensor:
-        """Return the tensor as the partition takes it; call once, with gradients enabled."""
-        if not self._tensor.requires_grad:
-            return self._tensor
-        entered: Tensor = _Enter.apply(self._tensor, self)  # type: ignore[no-untyped-call]
-        return entered
-
-    def gradient(self) -> Tensor | None:
-        """Return the gradient, None for an input that needs none; zeros where its path to the loss is cut."""
-        if not self._tensor.requires_grad:
-            return None
-        return torch.zeros_like(self._tensor) if self._gradient is None else self._gradient
-
-    def keep(self, gradient: Tensor) -> None:
-        """Take the gradient; called by the backward pass."""
-        self._gradient = gradient
-
-
-class _Enter(torch.autograd.Function):
-    """The identity; its backward gives the gradient to the entry instead of to the leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, entry: Entry) -> Tensor:
-        ctx.entry = entry
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        ctx.entry.keep(gradients[0])
-        return None, None
 
 
 class Stage:
@@ -120,8 +79,9 @@ class Stage:
         self._amp = AMP_DTYPES[amp] if amp else None
         self._chunks: dict[int, tuple[tuple[Entry, ...], tuple[Tensor, ...]]] = {}
         self._saved_buffers: dict[str, Tensor] | None = None
-        self._buffers = {name: b for name, b in partition.named_buffers() if b is not None}
-        self._parameters = [p for p in partition.parameters() if p.requires_grad]
+        self._buffers = dict(partition.named_buffers(remove_duplicate=False))
+        self._trained = {name: p for name, p in partition.named_parameters() if p.requires_grad}
+        self._parameters = list(self._trained.values())
         self._narrowing = list(narrowing_layers(partition))
         if optim is not None:
             self.optimizer, self.scheduler = build_optimizer(optim, self._parameters)
@@ -154,7 +114,7 @@ class Stage:
 
     def forward_attached(
         self, step: int, chunk: int, inputs: Sequence[Tensor]
-    ) -> tuple[tuple["Entry", ...], tuple[Tensor, ...]]:
+    ) -> tuple[tuple[Entry, ...], tuple[Tensor, ...]]:
         """Run a chunk forward; returns (its inputs, outputs with their graph), and keeps nothing."""
         entries = tuple(
             Entry(self._place(tensor).detach(), needed)
@@ -183,7 +143,7 @@ class Stage:
         return self.backward_attached(entries, outputs, gradients)
 
     def backward_attached(
-        self, entries: Sequence["Entry"], outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
+        self, entries: Sequence[Entry], outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         """Run outputs of `forward_attached` backward; see `backward`."""
         pairs = [
@@ -214,18 +174,84 @@ class Stage:
 
     def rollback(self) -> None:
         """Undo the step under way: buffers as they were, no gradients, no chunks. Harmless outside a step."""
-        self._chunks.clear()
-        for parameter in self._parameters:
-            parameter.grad = None
-        if self._saved_buffers is not None:
+        saved = self._forget_step()
+        with torch.no_grad():
+            for name, buffer in (saved or {}).items():
+                self._buffers[name].copy_(buffer)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return all that the committed steps have made: during a step, what `rollback` would go back to.
+
+        The tensors are the stage's own, for `common.snapshot.detached` to copy before the next commit; the stage
+        has an optimizer.
+        """
+        partition = {name: tensor.detach() for name, tensor in self.partition.state_dict().items()}
+        return {
+            "partition": partition | self._buffers | (self._saved_buffers or {}),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `snapshot` returned, here or elsewhere, whatever was under way; copies it.
+
+        Raises:
+            UserError: it is of another partition or optimizer. Only another `restore` makes the stage usable then.
+        """
+        self._forget_step()
+        try:
+            given = dict(state["partition"])
+            if lacking := self._buffers.keys() - given.keys():
+                raise KeyError(*sorted(lacking)[:1])
+            loose = self._buffers.keys() - self.partition.state_dict().keys()  # those that are not persistent
             with torch.no_grad():
-                for name, saved in self._saved_buffers.items():
-                    self._buffers[name].copy_(saved)
-            self._saved_buffers = None
+                for name in loose:
+                    self._buffers[name].copy_(given.pop(name))
+                self.partition.load_state_dict(given, strict=True)
+            # After the widths are right, which its memory has to fit. Copied, for torch would go on in these tensors.
+            self.optimizer.load_state_dict(detached(state["optimizer"]))
+            self.scheduler.load_state_dict(detached(state["scheduler"]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise _unfit(self.part, error) from error
+
+    def pending(self) -> dict[str, Any]:
+        """Return what a step has come to whose chunks have all run: what `commit` needs beside `snapshot`.
+
+        The tensors are the stage's own, as `snapshot`'s are.
+        """
+        assert not self._chunks, f"{len(self._chunks)} chunks are still in flight"
+        gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        return {"gradients": gradients, "buffers": dict(self._buffers)}
+
+    def restore_pending(self, pending: Mapping[str, Any]) -> None:
+        """Go to where `pending` was called, after `restore` of that time's `snapshot`; copies it.
+
+        Then `commit` and `rollback` do what they would have done there.
+
+        Raises:
+            UserError: it is of another partition.
+        """
+        self.begin_step()
+        try:
+            with torch.no_grad():
+                for name, buffer in pending["buffers"].items():
+                    self._buffers[name].copy_(buffer)
+            for name, gradient in pending["gradients"].items():
+                self._trained[name].grad = gradient.to(self.device, copy=True)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise _unfit(self.part, error) from error
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradients accumulated so far, to undo a loss scale."""
         apply_scale(self._parameters, factor)
+
+    def _forget_step(self) -> dict[str, Tensor] | None:
+        """Forget chunks and gradients; return the buffers that the step began with."""
+        self._chunks.clear()
+        for parameter in self._parameters:
+            parameter.grad = None
+        saved, self._saved_buffers = self._saved_buffers, None
+        return saved
 
     def _place(self, tensor: Tensor) -> Tensor:
         # Only what enters the model is laid out anew. What crosses a cut keeps the order in which the stage before
@@ -241,3 +267,7 @@ class Stage:
             outputs = self.partition(*inputs)
         # What leaves a stage is fp32, as the other side computes; codecs make it small again.
         return tuple(t.float() if t.is_floating_point() else t for t in outputs)
+
+
+def _unfit(part: str, error: Exception) -> UserError:
+    return UserError(f"what was kept of the {part} does not fit it: {' '.join(str(error).split())[:200]}")

@@ -26,11 +26,8 @@ class RunStats:
     """Sums and medians over the training steps of a run."""
 
     def __init__(self) -> None:
-        self.up_bytes = 0
-        self.down_bytes = 0
-        self.dense_bytes = 0
-        self.samples = 0
         self._step_s = array("d")  # 8 bytes a step: a median needs them all
+        self._counts = {name: array("q") for name in ("up_bytes", "down_bytes", "dense_bytes", "samples")}
 
     @property
     def steps(self) -> int:
@@ -42,13 +39,38 @@ class RunStats:
         """Seconds of all steps added."""
         return math.fsum(self._step_s)
 
+    @property
+    def up_bytes(self) -> int:
+        """Bytes to the cloud."""
+        return sum(self._counts["up_bytes"])
+
+    @property
+    def down_bytes(self) -> int:
+        """Bytes back."""
+        return sum(self._counts["down_bytes"])
+
+    @property
+    def dense_bytes(self) -> int:
+        """What would have crossed without compression."""
+        return sum(self._counts["dense_bytes"])
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on."""
+        return sum(self._counts["samples"])
+
     def add(self, report: StepReport) -> None:
         """Take a step in."""
         self._step_s.append(report.step_s)
-        self.up_bytes += report.up_bytes
-        self.down_bytes += report.down_bytes
-        self.dense_bytes += report.dense_bytes
-        self.samples += report.samples
+        for name, counts in self._counts.items():
+            counts.append(getattr(report, name))
+
+    def take_back(self, steps: int) -> None:
+        """Forget the last steps, which are made again."""
+        left = max(len(self._step_s) - steps, 0)
+        del self._step_s[left:]
+        for counts in self._counts.values():
+            del counts[left:]
 
     def summary(
         self,

@@ -93,7 +93,14 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def build_text_model(
-    name: str, config: Mapping[str, Any], num_classes: int, *, seed: int, pretrained: bool, offline: bool
+    name: str,
+    config: Mapping[str, Any],
+    num_classes: int,
+    *,
+    seed: int,
+    pretrained: bool,
+    offline: bool,
+    device: str = "cpu",
 ) -> nn.Module:
     """Build a text classifier on the CPU, in training mode.
 
@@ -105,6 +112,7 @@ def build_text_model(
         seed: of random weights.
         pretrained: start from the weights that come with the configuration, else from random ones.
         offline: take what is on this machine and fetch nothing.
+        device: ``meta`` for a structure that takes no memory.
 
     Raises:
         UserError: no such weights, or a configuration that makes no model.
@@ -124,7 +132,7 @@ def build_text_model(
         raise UserError(f"the configuration of {name} makes no model: {_line(error)}") from error
     if parameters > MOST_PARAMETERS:
         raise UserError(f"{name} has {parameters:,} parameters; {MOST_PARAMETERS:,} are allowed")
-    with seeded(seed, torch.device("cpu")), torch.device("cpu"):
+    with seeded(seed, torch.device("cpu")), torch.device(device):
         model = _pretrained(library, name, parsed, offline) if pretrained else _random(library, name, parsed)
     assert isinstance(model, nn.Module)
     return model.train()

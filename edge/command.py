@@ -11,11 +11,19 @@ from edge.config import TrainConfig
 from edge.local_server import local_server
 from edge.progress import open_progress
 from edge.result import TrainResult
+from edge.run_folder import SessionKey
 from edge.trainer import Trainer
 from wire.transport import run
 
 
-def train_command(config: TrainConfig, *, own_server: bool, modules: Sequence[str], cpu: bool) -> None:
+def train_command(
+    config: TrainConfig,
+    *,
+    own_server: bool,
+    modules: Sequence[str],
+    cpu: bool,
+    resumed: SessionKey | None = None,
+) -> None:
     """Train and say how it went.
 
     Ctrl-C once ends after the step under way, twice at once; before the first step, once is enough.
@@ -25,23 +33,25 @@ def train_command(config: TrainConfig, *, own_server: bool, modules: Sequence[st
         own_server: start a server for this run, and stop it afterwards.
         modules: what that server has to import.
         cpu: that server computes on the CPU even where there is a GPU.
+        resumed: the session of a run that goes on from its checkpoints.
     """
     with local_server(modules, cpu=cpu) if own_server else contextlib.nullcontext(config.server) as server:
         try:
-            result = run(_interruptible(config.at(server)))
+            result = run(_interruptible(config.at(server), resumed))
         except Interrupted as interrupted:
             sys.stdout.write(f"{interrupted}\n")
             sys.exit(130)
     if result.steps < result.total_steps:
-        sys.stdout.write(f"stopped after step {result.steps} of {result.total_steps}\n")
+        hint = "" if config.checkpoint is None else f"; go on by edge-client --resume {config.checkpoint}"
+        sys.stdout.write(f"stopped after step {result.steps} of {result.total_steps}{hint}\n")
         sys.exit(130)
     accuracy = "" if result.accuracy is None else f", test accuracy {result.accuracy:.2%}"
     sys.stdout.write(f"done: {result.steps} steps{accuracy}\n")
 
 
-async def _interruptible(config: TrainConfig) -> TrainResult:
+async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> TrainResult:
     progress = open_progress(sys.stdout)
-    trainer = Trainer(config, progress)
+    trainer = Trainer(config, progress, resumed=resumed)
     loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
     task = asyncio.ensure_future(trainer.run())
     asked = False
@@ -65,8 +75,11 @@ async def _interruptible(config: TrainConfig) -> TrainResult:
     except asyncio.CancelledError:
         if not trainer.training:
             raise Interrupted("stopped before the first step") from None
+        left = "nothing was saved"
+        if config.checkpoint is not None:
+            left = f"go on from the last checkpoint by edge-client --resume {config.checkpoint}"
         raise Interrupted(
-            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; nothing was saved"
+            f"stopped at once after step {trainer.steps} of {trainer.total_steps}; {left}"
         ) from None
 
 

@@ -52,9 +52,19 @@ class TrainConfig:
         train_limit: use only so many training samples.
         test_limit: use only so many test samples.
         eval_every: evaluate every so many steps; None for the end of each epoch; 0 for never.
+        give_up_after: seconds without a step until a lost link ends the run.
+        checkpoint: folder that the run can go on from; both sides write checkpoints then.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many stay.
         save: where the trained model goes.
         metrics: where JSON lines go.
         trace: where the timeline goes.
+        token_file: holds the token that the server asks for.
+        tls: encrypt, and have the system's authorities know the server's certificate.
+        tls_fingerprint: SHA-256 of the certificate that the server has to show, 64 hexadecimal digits; encrypts.
+        tls_ca: PEM file of the authorities that may have signed the server's certificate; encrypts.
+        tls_cert: PEM file of the certificate to show to a server that asks for one.
+        tls_key: PEM file of its private key.
     """
 
     server: str
@@ -91,9 +101,19 @@ class TrainConfig:
     train_limit: int | None = None
     test_limit: int | None = None
     eval_every: int | None = None
+    give_up_after: float = 3600.0
+    checkpoint: Path | None = None
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
     save: Path | None = None
     metrics: Path | None = None
     trace: Path | None = None
+    token_file: Path | None = None
+    tls: bool = False
+    tls_fingerprint: str | None = None
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without data, model or server.
@@ -122,6 +142,9 @@ class TrainConfig:
             ("test-limit", self.test_limit, 1),
             ("eval-every", self.eval_every, 0),
             ("seed", self.seed, 0),
+            ("give-up-after", self.give_up_after, 0),
+            ("checkpoint-every", self.checkpoint_every, 1),
+            ("keep-checkpoints", self.keep_checkpoints, 1),
         ):
             if value is not None and value < low:
                 raise UserError(f"--{name} must be at least {low}, not {value}")

@@ -1,69 +1,31 @@
-"""What every pass over the data works with, and how it is scored."""
+"""What every pass over the data works with, and how a step of it ends."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from common.lanes import DECODE, ENCODE, Lanes
+from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
 from common.memory_format import FORMATS
 from common.narrowing import committed_steps
 from common.partition import Split
 from common.propagate import TensorInfo
+from common.snapshot import detached
 from common.stage import Stage
 from edge.job import Job
 from edge.link import Link
+from edge.outcome import Outcome
 from wire.streams import StreamDecoder, StreamEncoder, uses_ids
 
 
 @dataclass(kw_only=True)
-class Score:
-    """Losses and hits, added up chunk by chunk.
-
-    Attributes:
-        loss_sum: sum of the losses of the samples.
-        predicted: the classes of the largest logits, chunk by chunk.
-        labels: the right classes, chunk by chunk.
-    """
-
-    loss_sum: float = 0.0
-    predicted: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-
-    @property
-    def samples(self) -> int:
-        """How many there were."""
-        return sum(map(len, self.labels))
-
-    @property
-    def loss(self) -> float:
-        """Mean over the samples."""
-        return self.loss_sum / self.samples
-
-    @property
-    def accuracy(self) -> float:
-        """The share of samples that were right."""
-        hits = sum(int((p == y).sum()) for p, y in zip(self.predicted, self.labels, strict=True))
-        return hits / self.samples
-
-    @property
-    def mcc(self) -> float:
-        """Matthews' correlation coefficient, -1 to 1; 0 where all predictions are the same."""
-        from sklearn.metrics import matthews_corrcoef  # slow to import, and needed for text only
-
-        return float(matthews_corrcoef(torch.cat(self.labels).numpy(), torch.cat(self.predicted).numpy()))
-
-    def add(self, mean_loss: float, logits: Tensor, labels: Tensor) -> None:
-        """Count one chunk."""
-        self.loss_sum += mean_loss * len(labels)
-        self.predicted.append(logits.argmax(dim=1))
-        self.labels.append(labels)
-
-
-@dataclass(kw_only=True)
 class Context:
-    """What every pass works with.
+    """What every pass works with, whatever becomes of connections.
+
+    A step ends in one of two ways, and always in one piece, `conclude`; one that the connection was lost under is
+    undone by `rest`.
 
     Attributes:
         link: an open job.
@@ -76,6 +38,7 @@ class Context:
         trim: drops what pads all the samples of a chunk.
         max_bytes: the largest tensor that a chunk may bring.
         committed: steps committed so far, which what crosses may depend on.
+        outcome: of the last step that was concluded.
         encoders: of training, by cut: activations at cut 1, gradients at cut 2.
         decoders: of training, by cut: gradients at cut 1, activations at cut 2.
         uses_ids: whether the chunks of a training step take their samples' ids along.
@@ -91,6 +54,7 @@ class Context:
     trim: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
     max_bytes: int
     committed: int = 0
+    outcome: Outcome = field(default_factory=Outcome)
     encoders: dict[int, StreamEncoder] = field(init=False)
     decoders: dict[int, StreamDecoder] = field(init=False)
     uses_ids: bool = field(init=False)
@@ -100,6 +64,7 @@ class Context:
         self.encoders = {1: self.encoder("cut1.act"), 2: self.encoder("cut2.grad")}
         self.decoders = {1: self.decoder("cut1.grad"), 2: self.decoder("cut2.act")}
         self.uses_ids = uses_ids(self.codecs)
+        self._concluding: asyncio.Future[Any] | None = None
 
     def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
         """Describe what crosses a cut, in order: all of it forward, what needs a gradient backward."""
@@ -118,13 +83,72 @@ class Context:
         """Make an encoder with fresh state for a stream of `common.spec.STREAMS`."""
         return StreamEncoder(self.codecs[stream], gradient=stream.endswith("grad"))
 
-    async def settle(self, *, applied: bool) -> None:
+    def conclude(self, outcome: Outcome) -> asyncio.Future[Any]:
+        """End a step, in order with what is queued; shield the result, so that it is carried through."""
+        self.outcome = outcome
+        self.committed += outcome.applied
+        end = (self._apply, outcome.scale) if outcome.applied else (self._undo,)
+        self._concluding = asyncio.gather(
+            self.lanes.run(COMPUTE, "commit" if outcome.applied else "rollback", *end),
+            *self._settle(applied=outcome.applied),
+        )
+        return self._concluding
+
+    def _apply(self, scale: float | None) -> None:
+        self.front.commit(scale)
+        self.back.commit(scale)
+
+    def _undo(self) -> None:
+        self.front.rollback()
+        self.back.rollback()
+
+    def _settle(self, *, applied: bool) -> list[asyncio.Future[None]]:
         """End a step for training's codecs, each on its lane: they keep what they have learnt, or forget it."""
-        for lane, stream in self._streams():
-            if applied:
-                await self.lanes.run(lane, "commit", stream.commit)
-            else:
-                await self.lanes.run(lane, "rollback", stream.rollback)
+        what = "commit" if applied else "rollback"
+        return [
+            self.lanes.run(lane, what, stream.commit if applied else stream.rollback)
+            for lane, stream in self._streams()
+        ]
+
+    async def rest(self) -> None:
+        """Come to rest between steps, once everything that waited for the lanes has gone: undo what is under way.
+
+        Raises:
+            Exception: what went wrong when the last step was concluded.
+        """
+        if self._concluding is not None:
+            await asyncio.shield(self._concluding)
+        # The lanes work in order: these come behind whatever is left on them.
+        await asyncio.gather(self.lanes.run(COMPUTE, "rollback", self._undo), *self._settle(applied=False))
+
+    def snapshot(self) -> Awaitable[dict[str, Any]]:
+        """Copy everything that training changes: now, before what is queued after this call. Call between steps."""
+        parts = (
+            self.lanes.run(COMPUTE, "snapshot", _copy_of, self._stages),
+            *(
+                self.lanes.run(lane, "snapshot", _copy_of, stream.state_dict)
+                for lane, stream in self._streams()
+            ),
+        )
+        return _together(self.committed, parts)
+
+    def _stages(self) -> dict[str, Any]:
+        return {"front": self.front.snapshot(), "back": self.back.snapshot()}
+
+    async def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Take a snapshot over.
+
+        Args:
+            step: the last one concluded then.
+            state: what was copied.
+        """
+        await self.rest()
+        stages = state["stages"]
+        await self.lanes.run(COMPUTE, "restore", self.front.restore, stages["front"])
+        await self.lanes.run(COMPUTE, "restore", self.back.restore, stages["back"])
+        for (lane, stream), kept in zip(self._streams(), state["streams"], strict=True):
+            await self.lanes.run(lane, "restore", stream.load_state_dict, kept)
+        self.committed, self.outcome = state["committed"], Outcome(step)
 
     def close(self) -> None:
         """End the lanes, and give up what codecs keep on disk."""
@@ -141,8 +165,17 @@ class Context:
         return StreamDecoder(self.codecs[stream], gradient=stream.endswith("grad"), max_bytes=self.max_bytes)
 
 
+def _copy_of(state: Callable[[], Any]) -> Any:
+    return detached(state())
+
+
+async def _together(committed: int, parts: Sequence[Awaitable[Any]]) -> dict[str, Any]:
+    stages, *streams = await asyncio.gather(*parts)
+    return {"committed": committed, "stages": stages, "streams": streams}
+
+
 def build_context(job: Job, link: Link, lanes: Lanes, memory_format: str) -> Context:
-    """Put front and back to work; the middle's memory is given up.
+    """Put front and back to work.
 
     Args:
         job: what was prepared.
@@ -151,7 +184,6 @@ def build_context(job: Job, link: Link, lanes: Lanes, memory_format: str) -> Con
         memory_format: the server's choice.
     """
     parts, spec = job.parts, job.spec
-    parts.middle.free()
 
     def stage(part: str, needs_grad: list[bool]) -> Stage:
         return Stage(

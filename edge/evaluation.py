@@ -7,11 +7,52 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from edge.context import Score
 from edge.data.loader import batch_count
 from edge.job import Job
+from edge.outcome import Score
 from edge.pipeline import Pipeline
 from edge.progress import Progress
+
+
+class Evaluations:
+    """When the test set is gone through, and that it is.
+
+    Args:
+        job: what was prepared.
+        progress: is shown how far it has come.
+        stopping: says whether to come to an end.
+    """
+
+    def __init__(self, job: Job, progress: Progress, stopping: Callable[[], bool]) -> None:
+        every = job.config.eval_every
+        self._every = job.steps_per_epoch if every is None else every
+        self._job = job
+        self._progress = progress
+        self._stopping = stopping
+        self._done = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the model is to be evaluated as it is after a step, and was not yet."""
+        due = self._every and (step % self._every == 0 or step == self._job.total_steps)
+        return bool(due) and step > self._done and not self._stopping()
+
+    async def run(self, pipeline: Pipeline, step: int, *, channels_last: bool) -> Score | None:
+        """Evaluate; arguments, result and errors as `evaluate`'s."""
+        score = await evaluate(
+            pipeline,
+            self._job,
+            step,
+            channels_last=channels_last,
+            progress=self._progress,
+            stopping=self._stopping,
+        )
+        if score is not None:
+            self._done = step
+        return score
+
+    def went_back(self) -> None:
+        """Training goes on from an earlier step: what comes after it is evaluated anew."""
+        self._done = 0
 
 
 async def evaluate(

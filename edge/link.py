@@ -2,7 +2,7 @@
 
 import asyncio
 import ipaddress
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -12,6 +12,10 @@ from common.groups import first_error
 from common.spec import JobSpec
 from common.trace import Tracer
 from common.traffic import Sent
+from edge.outcome import Outcome
+from edge.run_folder import SessionKey
+from wire.auth import RESUME, prove
+from wire.config import WireConfig
 from wire.errors import ConnectionLost, RemoteProtocolError, WireError
 from wire.messages import (
     Abort,
@@ -24,10 +28,13 @@ from wire.messages import (
     Message,
     Open,
     Ready,
+    Resume,
+    Save,
+    Saved,
     Weights,
 )
-from wire.streams import WeightsReceiver, weights_messages
 from wire.transport import Connection, SendReceipt, connect
+from wire.weights import WeightsReceiver, weights_messages
 
 T = TypeVar("T")
 OnTensors = Callable[[Forward | Backward], None]
@@ -47,6 +54,7 @@ class Link:
         self._committing: asyncio.Future[None] | None = None
         self._committing_step = self._aborted_step = -1
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._saving: dict[int, asyncio.Future[Saved]] = {}
         self._fetching: WeightsReceiver | None = None
         self._fetched: asyncio.Future[dict[str, Tensor]] | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -60,18 +68,45 @@ class Link:
         except ValueError:
             return False
 
-    async def open(self, spec: JobSpec, middle_state: Callable[[], Mapping[str, Tensor]]) -> Ready:
-        """Ask for a job; send the middle's weights if the server cannot make the same.
+    async def open(self, key: SessionKey, spec: JobSpec) -> Ready:
+        """Ask for a job.
 
         Raises:
             PeerError: the server refuses; its message says why.
         """
-        await self.send(Open(spec=spec.to_map()))
-        ready = await self._answered(self._ready)
-        if ready.need_weights:
-            for piece in weights_messages(middle_state()):
-                await (await self.connection.send(piece))  # to the end: steps would overtake queued weights
-        return ready
+        await self.send(Open(session=key.session, secret=key.secret, spec=spec.to_map()))
+        return await self.answered(self._ready)
+
+    async def resume(self, key: SessionKey, outcome: Outcome | None, saved: Sequence[int]) -> Ready:
+        """Ask for a job that the server had before.
+
+        Args:
+            key: whose it is.
+            outcome: of the last step concluded; None where nothing is remembered but what was saved.
+            saved: steps that there are checkpoints of.
+
+        Raises:
+            PeerError: the server refuses; its message says why.
+        """
+        welcome = self.connection.welcome
+        assert welcome is not None
+        last = outcome or Outcome()
+        await self.send(
+            Resume(
+                session=key.session,
+                mac=prove(key.secret, RESUME, welcome.nonce, key.session),
+                step=None if outcome is None else last.step,
+                applied=last.applied,
+                scale=last.scale,
+                saved=saved,
+            )
+        )
+        return await self.answered(self._ready)
+
+    async def send_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Send the middle's weights, which the server cannot make."""
+        for piece in weights_messages(state):
+            await (await self.connection.send(piece))  # to the end: steps would overtake queued weights
 
     async def send(self, message: Message, *, name: str = "") -> None:
         """Queue a message; waits while the queue is full. `name` is what the trace shows."""
@@ -100,8 +135,19 @@ class Link:
     async def confirmed(self) -> None:
         """Wait until the server has applied the last committed step, if any."""
         if self._committing is not None:
-            await self._answered(self._committing)
+            await self.answered(self._committing)
             self._committing = None
+
+    async def save(self, step: int, keep: int) -> asyncio.Future[Saved]:
+        """Ask for a checkpoint of the last step; return what will hold the answer.
+
+        Args:
+            step: the last one concluded.
+            keep: a step whose checkpoint the server does not remove.
+        """
+        answer = self._saving[step] = asyncio.get_running_loop().create_future()
+        await self.send(Save(step=step, keep=keep))
+        return answer
 
     async def fetch_middle(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fetch the middle's state; `like` has its names, dtypes and shapes."""
@@ -109,9 +155,9 @@ class Link:
         self._fetching = WeightsReceiver(like)
         self._fetched = asyncio.get_running_loop().create_future()
         await self.send(Fetch(what="weights"))
-        return await self._answered(self._fetched)
+        return await self.answered(self._fetched)
 
-    async def _answered(self, answer: asyncio.Future[T]) -> T:
+    async def answered(self, answer: asyncio.Future[T]) -> T:
         """Wait for an answer of the server's, or for the end of the link.
 
         A task group that fails cancels its task, but a task that is just leaving another group does not notice:
@@ -152,6 +198,8 @@ class Link:
                     self.on_committed(message)
                 if not self._committing.done():
                     self._committing.set_result(None)
+            case Saved() if message.step in self._saving:
+                self._saving.pop(message.step).set_result(message)
             case Ready() if not self._ready.done():
                 self._ready.set_result(message)
             case Weights() if self._fetching is not None and self._fetched is not None:
@@ -166,14 +214,16 @@ class Link:
 
 
 @asynccontextmanager
-async def open_link(host: str, port: int, tracer: Tracer) -> AsyncIterator[Link]:
+async def open_link(
+    host: str, port: int, tracer: Tracer, wire: WireConfig | None = None
+) -> AsyncIterator[Link]:
     """Connect, and receive in the background while the block runs; close cleanly after it.
 
     Raises:
         ConnectFailed: nobody there, or not an Isthmus server.
         WireError: the link failed while the block ran; the block is cancelled.
     """
-    connection = await connect(host, port)
+    connection = await connect(host, port, wire)
     try:
         async with asyncio.TaskGroup() as tasks:
             link = Link(connection, tracer, tasks)

@@ -18,7 +18,8 @@ from common.errors import TrainingStopped
 from common.lanes import COMPUTE, DECODE, ENCODE
 from common.schedule import Action, Schedule
 from common.seeding import derive_seed
-from edge.context import Context, Score
+from edge.context import Context
+from edge.outcome import Score
 from wire.codecs.base import NOTHING_KNOWN, Facts
 from wire.errors import CorruptPayload, RemoteProtocolError
 from wire.messages import Backward, Forward

@@ -4,8 +4,12 @@ A step is one transaction, applied on both sides or on neither::
 
     begin ── chunks up and down ── commit(scale) ──> the next step's chunks follow without waiting
                                         └──> committed, looked at before the next commit
+
+A link that breaks anywhere in it leaves the server with the step in its hands or not begun; see
+`cloud.session`.
 """
 
+import asyncio
 import math
 
 from torch import Tensor
@@ -15,8 +19,9 @@ from common.groups import first_error
 from common.lanes import COMPUTE
 from common.optim import clip_scale
 from common.schedule import Schedule, edge_schedule
-from edge.context import Context, Score
+from edge.context import Context
 from edge.evaluation_pass import EvaluationPass, FetchChunk
+from edge.outcome import Outcome, Score
 from edge.passes import Pass, TrainingPass
 from wire.messages import Abort, Begin, Commit
 
@@ -44,7 +49,7 @@ class Pipeline:
         chunks: int,
         depth: int,
         sample_ids: Tensor | None = None,
-    ) -> tuple[Score, bool]:
+    ) -> Outcome:
         """Train on one batch.
 
         Args:
@@ -56,11 +61,11 @@ class Pipeline:
             sample_ids: ``[B]``, int64, the same for a sample in every epoch.
 
         Returns:
-            The score, and whether the step was applied; it is not where fp16 overflowed.
+            How it ended; it was not applied where fp16 overflowed.
 
         Raises:
             TrainingStopped: loss or gradients are not finite; the step is undone on both sides.
-            WireError: the link failed.
+            WireError: the link failed. Whether the step was concluded before, the context's outcome says.
         """
         context = self._context
         this = TrainingPass(context, step, inputs, labels, chunks, sample_ids)
@@ -69,19 +74,25 @@ class Pipeline:
         try:
             await _run(this, edge_schedule(this.count, depth))
         except TrainingStopped as stop:
-            await self._undo(step, str(stop))
+            await self._drop(Outcome(step, applied=False, score=this.score, reason=str(stop)))
             raise
         norm_sq = this.middle_norm_sq + await context.lanes.run(COMPUTE, "norm", self._norm_sq)
         if not math.isfinite(norm_sq):
-            await self._undo(step, "the gradients are not finite")
-            if not self._skip_overflow:
-                raise TrainingStopped(f"the gradients of step {step} are not finite")
-            return this.score, False
+            reason = f"the gradients of step {step} are not finite"
+            going_on = self._skip_overflow
+            await self._drop(
+                Outcome(step, applied=False, score=this.score, reason="" if going_on else reason)
+            )
+            if not going_on:
+                raise TrainingStopped(reason)
+            return context.outcome
         scale = clip_scale(norm_sq, self._clip_norm)
+        await context.link.confirmed()
+        # Decided, and the server is told; if that does not reach it, it is told when the link is back.
+        concluding = context.conclude(Outcome(step, applied=True, scale=scale, score=this.score))
         await context.link.commit(Commit(step=step, scale=scale))
-        await context.lanes.run(COMPUTE, "commit", self._commit, scale)
-        await context.settle(applied=True)
-        return this.score, True
+        await asyncio.shield(concluding)
+        return context.outcome
 
     async def evaluate(self, step: int, chunks: int, fetch: FetchChunk, *, depth: int) -> Score:
         """Run `chunks` chunks forward in evaluation mode; nothing of the model changes."""
@@ -97,19 +108,11 @@ class Pipeline:
     def _norm_sq(self) -> float:
         return self._context.front.grad_norm_sq() + self._context.back.grad_norm_sq()
 
-    def _commit(self, scale: float | None) -> None:
-        self._context.front.commit(scale)
-        self._context.back.commit(scale)
-        self._context.committed += 1
-
-    async def _undo(self, step: int, reason: str) -> None:
-        await self._context.link.abort(Abort(step=step, reason=reason))
-        await self._context.lanes.run(COMPUTE, "rollback", self._rollback)
-        await self._context.settle(applied=False)
-
-    def _rollback(self) -> None:
-        self._context.front.rollback()
-        self._context.back.rollback()
+    async def _drop(self, outcome: Outcome) -> None:
+        concluding = self._context.conclude(outcome)
+        reason = outcome.reason or "the gradients are not finite"
+        await self._context.link.abort(Abort(step=outcome.step, reason=reason))
+        await asyncio.shield(concluding)
 
 
 async def _run(this: Pass, schedule: Schedule) -> None:

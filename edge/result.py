@@ -81,3 +81,12 @@ def write_trace(tracer: Tracer, path: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise TrainingStopped(f"the timeline could not be written to {path}: {reason}") from error
+
+
+def kept(config: TrainConfig, steps: int) -> str:
+    """Say what is left of a run that ended early, after so many steps."""
+    if steps == 0:
+        return "no step had been made, so nothing was saved"
+    if config.save is None:
+        return "give --save to keep the last good weights"
+    return f"the weights of step {steps} are in {config.save}"

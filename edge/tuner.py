@@ -4,6 +4,7 @@ Too few leave the link idle while chunks travel; each one more holds its activat
 The schedule's simulator says, from measured costs, how few are enough. The choice changes no result.
 """
 
+import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,9 +12,10 @@ from typing import Any
 
 from common.cost import ChunkCost, Message, StepModel
 from common.cost import Link as LinkCost
-from common.lanes import COMPUTE, DECODE, ENCODE
+from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
 from common.plan import Plan, best_plan
-from edge.busy import number
+from edge.busy import BusyTimes, number
+from edge.link import Link
 
 MEASURED_STEPS = (2, 3, 4)
 """Steps after which to choose; the first one pays for what is made once."""
@@ -46,6 +48,7 @@ class Tuner:
     """
 
     def __init__(self, chunks: int, depth: int | None) -> None:
+        self._chunks = chunks
         self._depth = depth if depth is None else min(chunks, depth)
         self._steps = 0
         self._quickest_s: dict[str, float] = {}
@@ -59,6 +62,34 @@ class Tuner:
     def stepped(self) -> None:
         """A step was made."""
         self._steps += 1
+
+    async def tune(self, lanes: Lanes, link: Link, busy: BusyTimes) -> None:
+        """Take note of a step that was made, and choose anew where it was one to measure.
+
+        Args:
+            lanes: of the edge.
+            link: that it was made over; is told what goes first.
+            busy: knows what the cloud says of the step.
+
+        Raises:
+            WireError: the link failed.
+        """
+        self.stepped()
+        edge, sizes = lanes.take_means(), link.sent.take_sizes()
+        if not self.wants_measurements:
+            return
+        await link.confirmed()
+        model = measured_model(
+            chunks=self._chunks,
+            edge=edge,
+            cloud=busy.cloud_detail,
+            sizes=sizes,
+            up_bit_s=link.sent.rate_bit_s,
+            rtt_s=link.connection.rtt_s or 0.0,
+            shared_cores=link.is_local,
+        )
+        plan = await asyncio.to_thread(self.choose, model)
+        link.connection.lead(plan.lead)
 
     def choose(self, model: StepModel) -> Plan:
         """Choose anew, now that a step was measured; takes up to a second.
@@ -139,4 +170,4 @@ def measured_model(
 
 def _rate(bit_s: float) -> float:
     """Return a rate that can be calculated with: nothing measured means nothing that bounds."""
-    return bit_s if math.isfinite(bit_s) and bit_s > 0 else 1e15
+    return bit_s if math.isfinite(bit_s) and bit_s >= 1 else 1e15

@@ -4,8 +4,9 @@ A `Channel` is told what happens to the stream (bytes came, the kernel has room 
 has passed) and tells the stream what to do. It knows no event loop: that gives it the stream, the waiters
 and the timer.
 
-Both queues are bounded. `wire.sender` decides what is sent next. When too many received messages wait to be
-taken, the stream is not read until some are, so that TCP slows the peer.
+Both queues are bounded. `wire.sender` decides what is sent next. When too many received messages wait in
+`wire.inbox`, the stream is not read until some are taken, so that TCP slows the peer. `wire.watch` ends it with
+peers that are too slow.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from collections import deque
 from collections.abc import Callable
 
 from wire.config import WireConfig
-from wire.errors import ConnectionLost, LocalProtocolError, WireError
+from wire.errors import ConnectionLost, WireError
+from wire.inbox import Inbox
 from wire.loop import Stream, Timer, Waiter, wake
 from wire.messages import Backward, Bye, Error, Forward, Message
 from wire.outbox import ENDLESS, SendReceipt
-from wire.pace import Ask
-from wire.protocol import Protocol, Role
-from wire.sender import Sender
+from wire.protocol import Phase, Protocol, Role
+from wire.sender import Sender, Traits
 from wire.sockets import explain_loss
+from wire.watch import Watch
 
 __all__ = ["Channel"]
 
@@ -41,7 +43,6 @@ class Channel:
 
     Attributes:
         protocol: the protocol's state.
-        inbox: messages received and not yet taken.
         failure: why nothing more is sent or received; None while all is well.
     """
 
@@ -55,8 +56,9 @@ class Channel:
         lost: Waiter,
     ) -> None:
         self.protocol = Protocol(role, config)
-        self.inbox: deque[Message] = deque()
         self.failure: WireError | None = None
+        self._inbox = Inbox(config.receive_queue, new_waiter)
+        self._watch = Watch(config)
         self._opened, self._lost = opened, lost
         self._config = config
         self._new_waiter = new_waiter
@@ -64,10 +66,9 @@ class Channel:
         self._stream: Stream
         self._sender = Sender(lead=ENDLESS if role is Role.SERVER else 0)
         self._sent_bytes = 0  # once the stream has ended
-        self._receiver: Waiter | None = None
         self._senders: deque[Waiter] = deque()
         self._timer: Timer | None = None
-        self._reading_paused = self._beating = self._finishing = False
+        self._beating = self._finishing = False
 
     # What the application wants.
 
@@ -85,6 +86,11 @@ class Channel:
     def full(self) -> bool:
         """Too many messages wait to be sent."""
         return self._sender.waiting >= self._config.send_queue and self.failure is None
+
+    @property
+    def busy(self) -> bool:
+        """A message is on its way, here or there."""
+        return self.protocol.arriving or not self._sender.idle
 
     def lead(self, chunks: int) -> None:
         """Let activations that are sent from now on be ahead of gradients by so many chunks, see `wire.outbox`."""
@@ -106,27 +112,22 @@ class Channel:
             self._senders.append(waiter)
             await waiter
 
+    @property
+    def inbox(self) -> deque[Message]:
+        """Messages received and not yet taken."""
+        return self._inbox.messages
+
     async def arrival(self) -> None:
         """Wait until a message has come, or the connection has failed.
 
         Raises:
             LocalProtocolError: somebody waits already.
         """
-        if self._receiver is not None:
-            raise LocalProtocolError("only one receive() at a time can wait on a connection")
-        while not self.inbox and self.failure is None:
-            self._receiver = self._new_waiter()
-            try:
-                await self._receiver
-            finally:
-                self._receiver = None
+        await self._inbox.arrival()
 
     def take(self) -> Message:
         """Remove and return the oldest message received; IndexError where there is none."""
-        message = self.inbox.popleft()
-        if self._reading_paused and 2 * len(self.inbox) <= self._config.receive_queue:
-            self._resume_reading()
-        return message
+        return self._inbox.take(self._stream)
 
     def leave(self, message: Message, failure: WireError) -> None:
         """End because this end wants to: with bye after everything that is queued, or with an error in its place."""
@@ -135,29 +136,30 @@ class Channel:
                 self._sender.drop_waiting(failure)
             self.queue(message)
             self.end(failure)
-            self.inbox.clear()
-            self._resume_reading()
+            self._inbox.clear(self._stream)
             self._finish()
 
     def abort(self, failure: WireError) -> None:
         """End at once, dropping everything that is queued."""
         self.end(failure)
-        self._drop_queue()
+        self._sender.drop(self.failure)
         self._stream.abort()
 
     # What happens to the stream.
 
-    def attach(self, stream: Stream, *, splits: bool, delivery: Ask = lambda: None) -> None:
-        """Begin: the stream is connected.
+    def attach(self, stream: Stream, traits: Traits) -> None:
+        """Begin: the stream is connected; `greet` once it carries bytes.
 
         Args:
             stream: it has to call `pause_writing` as soon as it buffers anything.
-            splits: give it frames in pieces, because it copies what it cannot send at once.
-            delivery: what of it has arrived, where that is known.
+            traits: what it is like.
         """
         self._stream = stream
-        self._sender.attach(stream, splits=splits, delivery=delivery)
+        self._sender.attach(stream, traits)
         self._after(self._config.handshake_s, self._handshake_expired)
+
+    def greet(self) -> None:
+        """Say hello, where this end is the one that begins."""
         self._send_replies()
 
     def received(self, nbytes: int) -> None:
@@ -168,9 +170,7 @@ class Channel:
             while (message := protocol.next_message()) is not None:
                 self.inbox.append(message)
                 if type(message) is Bye:
-                    self.end(ConnectionLost(f"the peer said bye: {message.reason}"))
-                    self._drop_queue()
-                    self._finish()
+                    self.broken(ConnectionLost(f"the peer said bye: {message.reason}"))
         except WireError as error:
             self._break(error)
         if protocol.replies:
@@ -178,16 +178,17 @@ class Channel:
         if not self._beating and protocol.established:
             wake(self._opened)
             self._beat()
-        if self.inbox:
-            wake(self._receiver)
-            if len(self.inbox) >= self._config.receive_queue and self.failure is None:
-                self._reading_paused = True
-                self._stream.pause_reading()
+        self._watch.received(arriving=protocol.arriving)
+        self._inbox.arrived(self._stream)
 
     def received_eof(self) -> None:
-        """The peer sends nothing more; the stream closes when it has sent what it has."""
-        self.end(self.protocol.receive_eof())
-        self._drop_queue()
+        """The peer sends nothing more."""
+        self.broken(self.protocol.receive_eof())
+
+    def broken(self, failure: WireError) -> None:
+        """Nothing more comes that is of use; the stream closes when it has sent what it has."""
+        self.end(failure)
+        self._sender.drop(self.failure)
         self._finish()
 
     def pause_writing(self) -> None:
@@ -206,7 +207,7 @@ class Channel:
         if isinstance(error, OSError):
             lost = ConnectionLost(f"{explain_loss(error)}: {lost.reason}")
         self.end(lost)
-        self._drop_queue()
+        self._sender.drop(self.failure)
         if self._timer is not None:
             self._timer.cancel()
         self._lost.set_result(None)
@@ -216,7 +217,7 @@ class Channel:
         if self.failure is None:
             self.failure = failure
             wake(self._opened)
-            wake(self._receiver)
+            self._inbox.close()
             self._wake_senders()
 
     # Sending.
@@ -241,14 +242,6 @@ class Channel:
         while self._senders:
             wake(self._senders.popleft())
 
-    def _drop_queue(self) -> None:
-        self._sender.drop(self.failure)
-
-    def _resume_reading(self) -> None:
-        if self._reading_paused and not self._stream.is_closing():
-            self._reading_paused = False
-            self._stream.resume_reading()
-
     # Ending.
 
     def _break(self, error: WireError) -> None:
@@ -257,8 +250,7 @@ class Channel:
         frame = self.protocol.fail(error)
         if frame:
             self._sender.write_last(frame)
-        self._drop_queue()
-        self._finish()
+        self.broken(error)
 
     def _finish(self) -> None:
         """Close once everything queued is sent and the peer has closed as well."""
@@ -267,9 +259,9 @@ class Channel:
             self._await_close()
             self._pump()
 
-    def _await_close(self, sent_before: int = -1) -> None:
-        sent = self.sent_bytes
-        if sent > sent_before:  # the peer may be slow, but it reads
+    def _await_close(self, sent_before: float = float("-inf")) -> None:
+        sent, least = self.sent_bytes, self._config.least_bytes_per_s * self._config.close_s
+        if sent - sent_before >= least:  # the peer may be slow, but it reads
             self._after(self._config.close_s, lambda: self._await_close(sent))
         elif self._stream.get_write_buffer_size():
             self._stream.abort()
@@ -287,13 +279,21 @@ class Channel:
         """Ping, and see whether the peer is alive."""
         protocol = self.protocol
         self._beating = True
+        listening = not self._inbox.full
         try:
-            protocol.heartbeat(listening=not self._reading_paused)
+            protocol.heartbeat(listening=listening)
+            self._watch.check(
+                arriving=protocol.arriving and listening,
+                received_bytes=protocol.received_bytes - protocol.heartbeat_bytes,
+                waiting=not self._sender.idle,
+                sent_bytes=self.sent_bytes,
+                unopened=protocol.role is Role.SERVER and protocol.phase is Phase.WELCOMED,
+            )
         except ConnectionLost as lost:
             self.abort(lost)
             return
-        self._after(min(protocol.heartbeat_s, protocol.timeout_s / 2), self._beat)
+        self._after(min(protocol.heartbeat_s, protocol.timeout_s / 2, self._watch.period_s), self._beat)
         self._send_replies()
 
     def _handshake_expired(self) -> None:
-        self.abort(ConnectionLost(f"the peer did not say hello within {self._config.handshake_s:g} s"))
+        self.abort(ConnectionLost(f"the peer did not greet within {self._config.handshake_s:g} s"))

@@ -9,9 +9,13 @@
     │   ├── LimitExceeded       a declared size is above what was agreed
     │   ├── HeaderError         the frame's header is no valid message
     │   ├── VersionMismatch     no protocol version in common
+    │   ├── AuthenticationFailed  one end cannot prove that it knows the other's token
+    │   ├── TokenMissing        one end wants a token and the other has none
+    │   ├── TooManyAttempts     too many wrong tokens came from the peer's address
     │   └── CorruptPayload      the payload does not fit its description
     ├── PeerError               the peer sent an `error` message
     ├── ConnectionLost          the connection ended
+    │   └── TlsFailed           no TLS, or none with the right certificates
     ├── ConnectFailed           the connection was never made
     └── StorageFailed           what a codec keeps on disk cannot be kept
     SpecError (a ValueError)    a compression spec does not parse
@@ -21,6 +25,7 @@ Every message is one line that says what happened and, where somebody can act, w
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 
@@ -53,13 +58,17 @@ class ForeignProtocol(FrameError):
 
     Attributes:
         http: the bytes look like HTTP.
+        tls: they look like TLS.
     """
 
     def __init__(self, first_bytes: bytes) -> None:
         self.http = first_bytes in _HTTP_STARTS
+        self.tls = first_bytes[:2] in (b"\x16\x03", b"\x15\x03")  # its handshake, its alert
         super().__init__(
             "the peer speaks HTTP, not the Isthmus protocol"
             if self.http
+            else "the peer speaks TLS, and this end does not"
+            if self.tls
             else "the peer does not speak the Isthmus protocol"
         )
 
@@ -109,6 +118,32 @@ class VersionMismatch(RemoteProtocolError):
         )
 
 
+class AuthenticationFailed(RemoteProtocolError):
+    """The peer cannot prove that it knows the token."""
+
+    code = "wrong_token"
+
+
+class TokenMissing(RemoteProtocolError):
+    """One end wants to see a token proved, and the other knows none or does not ask for it."""
+
+    code = "no_token"
+
+
+class TooManyAttempts(RemoteProtocolError):
+    """Too many wrong tokens came from the peer's address.
+
+    Args:
+        wait_s: seconds until it may try again.
+    """
+
+    code = "too_many_attempts"
+
+    def __init__(self, wait_s: float) -> None:
+        self.wait_s = wait_s
+        super().__init__(f"too many wrong tokens came from this address; try again in {math.ceil(wait_s)} s")
+
+
 class CorruptPayload(RemoteProtocolError):
     """A payload does not fit its description."""
 
@@ -140,6 +175,19 @@ class ConnectionLost(WireError):
         super().__init__(reason)
 
 
+class TlsFailed(ConnectionLost):
+    """There is no TLS with the peer, or not with the right certificates.
+
+    Args:
+        reason: why, and what to do, in one line.
+        final: trying again is of no use.
+    """
+
+    def __init__(self, reason: str, *, final: bool = True) -> None:
+        self.final = final
+        super().__init__(reason)
+
+
 class ConnectFailed(WireError):
     """No connection could be made.
 
@@ -147,10 +195,11 @@ class ConnectFailed(WireError):
         host: the host that was asked for.
         port: the port that was asked for.
         reason: why, and what to do, in one line.
+        final: trying again is of no use before somebody changes something.
     """
 
-    def __init__(self, host: str, port: int, reason: str) -> None:
-        self.host, self.port, self.reason = host, port, reason
+    def __init__(self, host: str, port: int, reason: str, *, final: bool = False) -> None:
+        self.host, self.port, self.reason, self.final = host, port, reason, final
         super().__init__(f"cannot connect to {host}:{port}: {reason}")
 
 

@@ -6,8 +6,8 @@ A field of a message is annotated with a type and a `Rule`, which is applied on 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
 
 from wire.buffers import ALIGNMENT
 from wire.errors import CorruptPayload
@@ -17,21 +17,28 @@ __all__ = [
     "Count",
     "Desc",
     "Descs",
+    "Digest",
     "Flag",
     "HeaderLimit",
     "Name",
     "Names",
     "Nanoseconds",
+    "Nonce",
+    "OptionalDigest",
     "OptionalNumber",
+    "OptionalStep",
     "Plain",
     "Rule",
     "Seconds",
     "Sentence",
+    "SessionId",
     "Size",
     "Step",
+    "Steps",
     "Versions",
     "fits",
     "payload_size",
+    "rules_of",
 ]
 
 MAX_ITEMS = 65_536
@@ -64,6 +71,14 @@ def _real(low: float, high: float) -> Rule:
 
 def _text(longest: int) -> Rule:
     return Rule(lambda v: type(v) is str and len(v) <= longest, f"a string of at most {longest} characters")
+
+
+def _bytes(size: int) -> Rule:
+    return Rule(lambda v: type(v) is bytes and len(v) == size, f"{size} bytes")
+
+
+def _or_nil(rule: Rule) -> Rule:
+    return Rule(lambda v: v is None or rule.accepts(v), f"{rule.wanted}, or nil")
 
 
 def _list_of(accepts: Callable[[Any], bool], item: str, longest: int) -> Rule:
@@ -99,6 +114,12 @@ def _is_desc(desc: Any, depth: int = MAX_DEPTH) -> bool:
         size = desc.get("size")
         return type(size) is int and 0 <= size <= _MAX_LEAF
     return depth > 0 and type(parts) in (list, tuple) and all(_is_desc(part, depth - 1) for part in parts)
+
+
+def rules_of(message_type: type) -> dict[str, Rule]:
+    """Return the rules in the annotations of a message's fields, in their order; a payload has none."""
+    hints = get_type_hints(message_type, include_extras=True)
+    return {f.name: hints[f.name].__metadata__[0] for f in fields(message_type) if f.name != "payload"}
 
 
 def fits(descs: Sequence[Desc], nbytes: int) -> bool:
@@ -137,6 +158,12 @@ def _leaf_sizes(descs: Sequence[Desc]) -> list[int]:
 
 Desc = dict[str, Any]
 Step = Annotated[int, _integer(0)]
+OptionalStep = Annotated[int | None, _or_nil(_integer(0))]
+Steps = Annotated[Sequence[int], _list_of(_integer(0).accepts, "an integer from 0", 1024)]
+SessionId = Annotated[bytes, _bytes(16)]
+Nonce = Annotated[bytes, _bytes(32)]
+Digest = Annotated[bytes, _bytes(32)]
+OptionalDigest = Annotated[bytes | None, _or_nil(_bytes(32))]
 Count = Annotated[int, _integer(1, 2**31 - 1)]
 Size = Annotated[int, _integer(0)]
 HeaderLimit = Annotated[int, _integer(4096)]

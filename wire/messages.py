@@ -14,26 +14,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 from wire.fields import (
     Code,
     Count,
     Descs,
+    Digest,
     Flag,
     HeaderLimit,
     Name,
     Names,
     Nanoseconds,
+    Nonce,
+    OptionalDigest,
     OptionalNumber,
+    OptionalStep,
     Plain,
     Rule,
     Seconds,
     Sentence,
+    SessionId,
     Size,
     Step,
+    Steps,
     Versions,
+    rules_of,
 )
 
 Buffer = bytes | bytearray | memoryview | Any
@@ -61,33 +67,84 @@ class Hello(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Challenge(Message):
+    """Server wants to see that the client knows the token, which never crosses; `nonce` is fresh."""
+
+    kind: ClassVar[str] = "challenge"
+    nonce: Nonce
+
+
+@dataclass(frozen=True, slots=True)
+class Proof(Message):
+    """Client's answer to a challenge; its own `nonce` is what the server's proof in the welcome answers."""
+
+    kind: ClassVar[str] = "proof"
+    nonce: Nonce
+    mac: Digest
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """Server's answer: the version chosen, its own limits, the session's name, seconds between heartbeats."""
+    """Server's answer: the version chosen, its own limits, seconds between heartbeats.
+
+    `nonce` is fresh, for the client's proof that a session is its own; `mac` proves that the server knows the
+    token, and is nil where none was asked for.
+    """
 
     kind: ClassVar[str] = "welcome"
     version: Size
     software: Name
     max_header: HeaderLimit
     max_payload: Size
-    session: Name
+    nonce: Nonce
+    mac: OptionalDigest
     heartbeat_s: Seconds
     device: Name
 
 
 @dataclass(frozen=True, slots=True)
 class Open(Message):
-    """Client says what the server has to build: model, cuts, codecs, optimizer."""
+    """Client says what the server has to build: model, cuts, codecs, optimizer.
+
+    The client chooses the session's id and secret, both at random; who knows them may resume it.
+    """
 
     kind: ClassVar[str] = "open"
+    session: SessionId
+    secret: Digest
     spec: Plain
 
 
 @dataclass(frozen=True, slots=True)
+class Resume(Message):
+    """Client wants to go on with a session after the connection was lost, or either end started again.
+
+    `mac` proves that it knows the secret. `step` is the last step that it has concluded, applied (with `scale`)
+    or not, and nil where it remembers nothing but what it has saved: checkpoints of the steps `saved`.
+    """
+
+    kind: ClassVar[str] = "resume"
+    session: SessionId
+    mac: Digest
+    step: OptionalStep
+    applied: Flag
+    scale: OptionalNumber
+    saved: Steps
+
+
+@dataclass(frozen=True, slots=True)
 class Ready(Message):
-    """Server has built it; says whether it needs the middle's weights from the client."""
+    """Server has built what it was asked for, or found it again.
+
+    Both ends go on after `step`: as they are where it is the client's own, else from their checkpoints of it.
+    `need_weights` says whether the middle's weights have to come from the client first; `saves` whether the
+    server can write checkpoints.
+    """
 
     kind: ClassVar[str] = "ready"
+    step: Step
     need_weights: Flag
+    saves: Flag
     device: Name
     memory_format: Name
     detail: Plain
@@ -180,6 +237,24 @@ class Abort(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Save(Message):
+    """Client: write a checkpoint of `step`, the last one concluded; never remove that of `keep` or a later one."""
+
+    kind: ClassVar[str] = "save"
+    step: Step
+    keep: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Saved(Message):
+    """Server has written the checkpoint of a step, or says in `error` why it could not; else that is empty."""
+
+    kind: ClassVar[str] = "saved"
+    step: Step
+    error: Sentence
+
+
+@dataclass(frozen=True, slots=True)
 class Ping(Message):
     """Are you there? `t_ns` is the sender's monotonic clock."""
 
@@ -214,17 +289,11 @@ class Bye(Message):
     reason: Sentence
 
 
-def _rules(message_type: type[Message]) -> dict[str, Rule]:
-    hints = get_type_hints(message_type, include_extras=True)
-    names = [f.name for f in dataclass_fields(message_type) if f.name != "payload"]
-    return {name: hints[name].__metadata__[0] for name in names}
-
-
 MESSAGE_TYPES: dict[str, type[Message]] = {
     t.kind: t
     for t in (
-        *(Hello, Welcome, Open, Ready, Weights, Fetch, Begin, Forward, Backward, Commit, Committed, Abort),
-        *(Ping, Pong, Error, Bye),
+        *(Hello, Challenge, Proof, Welcome, Open, Resume, Ready, Weights, Fetch, Begin, Forward, Backward),
+        *(Commit, Committed, Abort, Save, Saved, Ping, Pong, Error, Bye),
     )
 }
-RULES: dict[type[Message], dict[str, Rule]] = {t: _rules(t) for t in MESSAGE_TYPES.values()}
+RULES: dict[type[Message], dict[str, Rule]] = {t: rules_of(t) for t in MESSAGE_TYPES.values()}

@@ -7,14 +7,14 @@ Two rules hold:
 2. `ping` and `pong` may come at any time after the handshake; `error` and `bye` may come at any time and are
    the last message of their sender.
 
-Hello, welcome, ping and pong are dealt with here; what the application sees are the other messages.
+The greeting (`wire.greeting`), ping and pong are dealt with here; what the application sees are the other
+messages.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 
 from wire.buffers import BufferPool
@@ -26,11 +26,11 @@ from wire.errors import (
     LocalProtocolError,
     PeerError,
     RemoteProtocolError,
-    VersionMismatch,
     WireError,
 )
 from wire.frames import HANDSHAKE_LIMITS, FrameReader, Limits
-from wire.messages import Buffer, Error, Hello, Message, Ping, Pong, Welcome
+from wire.greeting import Greeting
+from wire.messages import Buffer, Challenge, Error, Hello, Message, Ping, Pong, Proof, Welcome
 from wire.serialize import decode, encode
 
 __all__ = ["TRANSITIONS", "Phase", "Protocol", "Role"]
@@ -48,19 +48,26 @@ class Phase(Enum):
 
     START = "start"
     GREETED = "greeted"
+    CHALLENGED = "challenged"
+    PROVED = "proved"
     WELCOMED = "welcomed"
     OPENING = "opening"
     RUNNING = "running"
     CLOSED = "closed"
 
 
-_UP = ("weights", "fetch", "begin", "forward", "backward", "commit", "abort")
-_DOWN = ("weights", "forward", "backward", "committed", "abort")
+_UP = ("weights", "fetch", "begin", "forward", "backward", "commit", "abort", "save")
+_DOWN = ("weights", "forward", "backward", "committed", "abort", "saved")
 
 TRANSITIONS: dict[Phase, dict[Role, dict[str, Phase]]] = {
     Phase.START: {Role.CLIENT: {"hello": Phase.GREETED}, Role.SERVER: {}},
-    Phase.GREETED: {Role.CLIENT: {}, Role.SERVER: {"welcome": Phase.WELCOMED}},
-    Phase.WELCOMED: {Role.CLIENT: {"open": Phase.OPENING}, Role.SERVER: {}},
+    Phase.GREETED: {
+        Role.CLIENT: {},
+        Role.SERVER: {"challenge": Phase.CHALLENGED, "welcome": Phase.WELCOMED},
+    },
+    Phase.CHALLENGED: {Role.CLIENT: {"proof": Phase.PROVED}, Role.SERVER: {}},
+    Phase.PROVED: {Role.CLIENT: {}, Role.SERVER: {"welcome": Phase.WELCOMED}},
+    Phase.WELCOMED: {Role.CLIENT: {"open": Phase.OPENING, "resume": Phase.OPENING}, Role.SERVER: {}},
     Phase.OPENING: {Role.CLIENT: {}, Role.SERVER: {"ready": Phase.RUNNING}},
     Phase.RUNNING: {
         Role.CLIENT: dict.fromkeys(_UP, Phase.RUNNING),
@@ -94,8 +101,10 @@ class Protocol:
         phase: how far the two ends have come.
         hello: what the client said; None before it did.
         welcome: what the server said; None before it did.
+        greeting: answers what comes before the welcome, and the welcome.
         clock: round-trip time and offset of the peer's clock.
         received_bytes: bytes that came in so far, headers included.
+        heartbeat_bytes: those of them that were pings and pongs.
         replies: what is to be sent without the application's doing; `take_replies` empties it.
     """
 
@@ -108,8 +117,9 @@ class Protocol:
         self._move(Phase.START)
         self.hello: Hello | None = None
         self.welcome: Welcome | None = None
+        self.greeting = Greeting(config)
         self.clock = ClockEstimate()
-        self.received_bytes = 0
+        self.received_bytes = self.heartbeat_bytes = 0
         self._clock_ns = clock_ns
         self._heard_ns = clock_ns()
         self._reader = FrameReader(HANDSHAKE_LIMITS, BufferPool(config.allocate))
@@ -117,10 +127,7 @@ class Protocol:
         self.replies: list[Message] = []
         self._discarded: memoryview | None = None
         if role is Role.CLIENT:
-            limits = config.limits
-            self.replies.append(
-                Hello(config.versions, config.software, limits.max_header, limits.max_payload)
-            )
+            self.replies.append(self.greeting.hello())
 
     @property
     def established(self) -> bool:
@@ -138,6 +145,11 @@ class Protocol:
         if not self.established:
             return self.config.handshake_s
         return self.config.timeout_s if self.config.timeout_s is not None else 3 * self.heartbeat_s
+
+    @property
+    def arriving(self) -> bool:
+        """A frame has begun to come and is not complete."""
+        return self.phase is not Phase.CLOSED and self._reader.mid_frame
 
     @property
     def missing(self) -> int:
@@ -188,12 +200,10 @@ class Protocol:
             PeerError: the peer reports an error.
         """
         while self.phase is not Phase.CLOSED and (frame := self._reader.next_frame()) is not None:
-            message = decode(frame)
-            phase = self._may_receive.get(message.kind)
-            if phase is None:
-                raise RemoteProtocolError(
-                    f"the {self.peer_role.value} sent {message.kind} in phase {self.phase.value}"
-                )
+            message = decode(frame, self._check_kind)
+            phase = self._may_receive[message.kind]
+            if type(message) in (Ping, Pong):
+                self.heartbeat_bytes += frame.size
             self._enter(phase, message)
             if not self._answer(message):
                 return message
@@ -235,6 +245,10 @@ class Protocol:
         if self.established:
             self.replies.append(Ping(now_ns))
 
+    def _check_kind(self, kind: str) -> None:
+        if kind not in self._may_receive:
+            raise RemoteProtocolError(f"the {self.peer_role.value} sent {kind} in phase {self.phase.value}")
+
     def _move(self, phase: Phase) -> None:
         self.phase = phase
         self._may_send = TRANSITIONS[phase][self.role]
@@ -263,28 +277,10 @@ class Protocol:
                 self.clock.add(t_ns, received_ns, sent_ns, self._heard_ns)
                 if len(self.clock) < _FIRST_PINGS:
                     self.replies.append(Ping(self._clock_ns()))
-            case Hello(versions):
-                self.replies.append(self._welcome(versions))
-            case Welcome(version):
-                if version not in self.config.versions:
-                    raise VersionMismatch(self.config.versions, (version,))
+            case Hello() | Challenge() | Proof() | Welcome():
+                self.replies += self.greeting.answer(message)
             case Error(code, text):
                 raise PeerError(code, text)
             case _:
                 return False
         return True
-
-    def _welcome(self, versions: Sequence[int]) -> Welcome:
-        common = [version for version in self.config.versions if version in versions]
-        if not common:
-            raise VersionMismatch(self.config.versions, tuple(versions))
-        config = self.config
-        return Welcome(
-            version=common[0],
-            software=config.software,
-            max_header=config.limits.max_header,
-            max_payload=config.limits.max_payload,
-            session=secrets.token_hex(8),
-            heartbeat_s=float(config.heartbeat_s),
-            device=config.device,
-        )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from wire.errors import WireError
 from wire.loop import Stream
@@ -15,9 +17,24 @@ from wire.messages import Buffer
 from wire.outbox import Outbox, SendReceipt
 from wire.pace import Ask, Pace
 
-__all__ = ["Sender"]
+__all__ = ["Sender", "Traits"]
 
 _SLICE = 256 * 1024  # what a stream that copies what it cannot send is given at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What a stream is like.
+
+    Attributes:
+        splits: give it frames in slices, because it copies what it cannot send at once.
+        delivery: what of it has arrived, where that is known.
+        overhead: bytes that it has sent beyond those it was given.
+    """
+
+    splits: bool
+    delivery: Ask = lambda: None
+    overhead: Callable[[], int] = lambda: 0
 
 
 class Sender:
@@ -36,17 +53,19 @@ class Sender:
         self.pace = Pace(lambda: None)
         self._outbox = Outbox(lead=lead)
         self._stream: Stream
+        self._overhead: Callable[[], int]
         self._slices: deque[memoryview] | None = None  # where the stream is to be given slices: those left
         self._sending: SendReceipt | None = None  # what the stream has in part
         self._size = 0
         self._is_last = False
         self._written = 0
 
-    def attach(self, stream: Stream, *, splits: bool, delivery: Ask) -> None:
-        """Begin to send to a stream; see `Channel.attach`."""
+    def attach(self, stream: Stream, traits: Traits) -> None:
+        """Begin to send to a stream."""
         self._stream = stream
-        self.pace = Pace(delivery)
-        self._slices = deque() if splits else None
+        self._overhead = traits.overhead
+        self.pace = Pace(traits.delivery)
+        self._slices = deque() if traits.splits else None
 
     @property
     def waiting(self) -> int:
@@ -66,7 +85,7 @@ class Sender:
     @property
     def sent_bytes(self) -> int:
         """Bytes that the kernel took."""
-        return self._written - self._stream.get_write_buffer_size()
+        return self._written + self._overhead() - self._stream.get_write_buffer_size()
 
     def lead(self, chunks: int) -> None:
         """Change the lead, for what is pushed from now on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -62,8 +63,12 @@ def encode(message: Message, limits: Limits) -> tuple[list[Buffer], int]:
     return [head, *buffers], len(head) + payload_len
 
 
-def decode(frame: Frame) -> Message:
+def decode(frame: Frame, check_kind: Callable[[str], None] = lambda kind: None) -> Message:
     """Return the message in a frame; its payload is the frame's, not a copy.
+
+    Args:
+        frame: as received.
+        check_kind: raises where a message of that kind may not come now, before its fields are looked at.
 
     Raises:
         HeaderError: the header is no valid message.
@@ -74,6 +79,7 @@ def decode(frame: Frame) -> Message:
     message_type = MESSAGE_TYPES.get(kind) if type(kind) is str else None
     if message_type is None:
         raise HeaderError(f"unknown kind of message: {_show(kind)}")
+    check_kind(kind)
     rules = RULES[message_type]
     if header.keys() != rules.keys():
         missing, extra = sorted(rules.keys() - header.keys()), sorted(header.keys() - rules.keys(), key=repr)

@@ -10,7 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 
-from wire.errors import ConnectionLost, ForeignProtocol, PeerError, WireError
+from wire.errors import (
+    ConnectionLost,
+    ForeignProtocol,
+    PeerError,
+    RemoteProtocolError,
+    TlsFailed,
+    WireError,
+)
 from wire.loop import Dialer
 from wire.pace import Delivery
 
@@ -22,6 +29,7 @@ __all__ = [
     "explain",
     "explain_loss",
     "explain_refusal",
+    "is_final",
     "spell_address",
     "tune",
 ]
@@ -31,6 +39,9 @@ _LEAST_UNSENT, _FIRST_UNSENT, _MOST_UNSENT = 32 * 1024, 64 * 1024, 1 << 20
 # Of struct tcp_info in linux/tcp.h: tcpi_unacked, tcpi_bytes_acked, tcpi_notsent_bytes and tcpi_min_rtt; the last of
 # them since Linux 4.6.
 _INFO = struct.Struct("=24xI92xQ16xII")
+_PASSING = frozenset(
+    {"busy", "too_many_attempts", "internal_error"}
+)  # errors of a server that may do better later
 _GATHERED_NS = 2_000_000
 _LEAST_GATHERED = 64 * 1024
 _MOST_GATHERED = 256 * 1024
@@ -194,14 +205,25 @@ def explain_loss(error: OSError) -> str:
 
 def explain_refusal(error: WireError) -> str:
     """Say in one line why a connection that was made came to nothing before the welcome."""
+    if isinstance(error, ForeignProtocol) and error.tls:
+        return "that port speaks TLS; give --tls-fingerprint, --tls or --tls-ca"
     if isinstance(error, ForeignProtocol):
         speaks = "HTTP" if error.http else "something else"
         return f"that port speaks {speaks}, not the Isthmus protocol; check the port number"
     if isinstance(error, PeerError):
         return error.message
+    if isinstance(error, TlsFailed):
+        return error.reason
     if isinstance(error, ConnectionLost):
         return "the other side hung up before saying welcome; check that a cloud-server listens there"
     return str(error)
+
+
+def is_final(error: WireError) -> bool:
+    """Say whether connecting again is of no use before somebody changes something, after such a refusal."""
+    if isinstance(error, PeerError):
+        return error.code not in _PASSING
+    return error.final if isinstance(error, TlsFailed) else isinstance(error, RemoteProtocolError)
 
 
 def spell_address(address: object) -> str:

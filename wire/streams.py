@@ -1,6 +1,6 @@
-"""Named tensors to messages and back: the streams of one cut and direction, and state dicts."""
+"""Named tensors to messages and back: the streams of one cut and direction."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -14,7 +14,7 @@ from wire.codecs.registry import codec_class
 from wire.codecs.spec import parse_chain
 from wire.errors import CorruptPayload
 from wire.fields import payload_size
-from wire.messages import Backward, Forward, Weights
+from wire.messages import Backward, Forward
 
 Encodings: TypeAlias = tuple[list[dict[str, Any]], list[memoryview]]
 """The descriptions and the payload's buffers of some tensors, as a message takes them."""
@@ -25,7 +25,6 @@ IDS = "sample ids"
 """The name under which a chunk's ids, int64 `[B]`, cross; no tensor of a model has a space in its name."""
 
 _MOST_IDS = 1 << 16
-_WEIGHTS_MESSAGE_BYTES = 4 << 20
 
 
 def uses_ids(chains: Mapping[str, str]) -> bool:
@@ -100,6 +99,22 @@ class Stream(Generic[C]):
         """Forget what the codecs have learnt since the last commit."""
         for coder in self._coders.values():
             coder.rollback()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the codecs have learnt, by tensor; what is learnt later does not change it."""
+        states = {name: coder.state_dict() for name, coder in self._coders.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state_dict` returned, of this or another such end of the same chain, and commit that.
+
+        Raises:
+            ValueError: it belongs to another chain.
+        """
+        for name in self._coders.keys() | state.keys():
+            coder = self._of(name)
+            coder.load_state_dict(state.get(name, {}))
+            coder.commit()
 
     def close(self) -> None:
         """Give up what the codecs keep, on disk too; the stream is not used again."""
@@ -235,66 +250,3 @@ def chunk_message(
     if backward:
         return Backward(step=step, chunk=chunk, names=names, tensors=descs, norm_sq=norm_sq, payload=payload)
     return Forward(step=step, chunk=chunk, evaluate=evaluate, names=names, tensors=descs, payload=payload)
-
-
-def weights_messages(state: Mapping[str, Tensor]) -> Iterator[Weights]:
-    """Cut a state dict into messages of a few megabytes; a larger tensor makes one of its own."""
-    encoder = Encoder(parse_chain("none"), Role.ACTIVATION)
-    names: list[str] = []
-    encoded: list[Encoded] = []
-    seq = 0
-    for name, tensor in state.items():
-        names.append(name)
-        encoded.append(encoder.encode(tensor, seed=0))
-        if sum(part.size for part in encoded) >= _WEIGHTS_MESSAGE_BYTES:
-            yield _weights(seq, names, encoded, last=False)
-            names, encoded, seq = [], [], seq + 1
-    yield _weights(seq, names, encoded, last=True)
-
-
-def _weights(seq: int, names: list[str], encoded: list[Encoded], *, last: bool) -> Weights:
-    return Weights(
-        seq=seq,
-        last=last,
-        names=names,
-        tensors=[part.desc for part in encoded],
-        payload=[buffer for part in encoded for buffer in part.buffers],
-    )
-
-
-class WeightsReceiver:
-    """Puts a state dict together from `weights` messages.
-
-    Args:
-        expected: name, dtype and shape of every tensor that must come; no other may.
-    """
-
-    def __init__(self, expected: Mapping[str, Tensor]) -> None:
-        self._expected = {name: (t.dtype, t.shape) for name, t in expected.items()}
-        self._state: dict[str, Tensor] = {}
-        self._next_seq = 0
-        largest = max((t.numel() * t.element_size() for t in expected.values()), default=0)
-        self._decoder = Decoder(parse_chain("none"), Role.ACTIVATION, max_bytes=largest)
-
-    def take(self, message: Weights) -> dict[str, Tensor] | None:
-        """Take the next message; return the whole state after the last one.
-
-        Raises:
-            CorruptPayload: a message out of order, or tensors other than the expected.
-        """
-        if message.seq != self._next_seq:
-            raise CorruptPayload(f"weights message {message.seq} came where {self._next_seq} was due")
-        self._next_seq += 1
-        offset = 0
-        for name, desc in zip(message.names, message.tensors, strict=True):
-            tensor, offset = self._decoder.decode(desc, message.payload, offset=offset)
-            if name in self._state or self._expected.get(name) != (tensor.dtype, tensor.shape):
-                raise CorruptPayload(
-                    f"the weights hold {name!r} as {tensor.dtype} {tuple(tensor.shape)}, which does not fit"
-                )
-            self._state[name] = tensor
-        if not message.last:
-            return None
-        if missing := self._expected.keys() - self._state.keys():
-            raise CorruptPayload(f"the weights lack {', '.join(sorted(missing)[:3])}")
-        return self._state

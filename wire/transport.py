@@ -17,9 +17,11 @@ from typing import Any, TypeVar, cast
 from wire.channel import Channel
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, ForeignProtocol, WireError
+from wire.limiter import AttemptLimiter
 from wire.messages import Bye, Error, Hello, Message, Welcome
 from wire.outbox import SendReceipt
 from wire.protocol import Role
+from wire.sender import Traits
 from wire.sockets import (
     LowWater,
     Unsent,
@@ -27,10 +29,12 @@ from wire.sockets import (
     dial,
     explain,
     explain_refusal,
+    is_final,
     speaks_http,
     spell_address,
     tune,
 )
+from wire.tls_stream import TlsStream
 
 __all__ = ["Connection", "SendReceipt", "Server", "connect", "run", "serve"]
 
@@ -38,6 +42,7 @@ _HTTP_S = 2.0  # for an answer to an HTTP request, where none came to a hello
 
 T = TypeVar("T")
 OnConnection = Callable[["Connection"], Awaitable[None]]
+OnRefused = Callable[[WireError], None]
 logger = logging.getLogger("isthmus.wire")
 
 
@@ -48,11 +53,14 @@ class Connection(asyncio.BufferedProtocol):
         peer: the other end's address.
     """
 
-    def __init__(self, role: Role, config: WireConfig) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, role: Role, config: WireConfig, host: str | None = None) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        self._role, self._config, self._host = role, config, host
         self._opened: asyncio.Future[None] = loop.create_future()  # or failed
         self._lost: asyncio.Future[None] = loop.create_future()
         self._channel = Channel(role, config, loop.create_future, loop.call_later, self._opened, self._lost)
+        self._tls: TlsStream | None = None
+        self._limiter: AttemptLimiter | None = None
         self.peer = "?"
 
     @property
@@ -66,19 +74,14 @@ class Connection(asyncio.BufferedProtocol):
         return self._channel.protocol.welcome
 
     @property
-    def session(self) -> str:
-        """The name that the server gave this connection."""
-        return self.welcome.session if self.welcome else ""
-
-    @property
     def sent_bytes(self) -> int:
-        """Bytes handed to the kernel, headers and heartbeats included."""
+        """Bytes handed to the kernel: with headers and heartbeats, and as they are encrypted."""
         return self._channel.sent_bytes
 
     @property
     def received_bytes(self) -> int:
-        """Bytes taken from the kernel, headers and heartbeats included."""
-        return self._channel.protocol.received_bytes
+        """Bytes taken from the kernel: with headers and heartbeats, and as they are encrypted."""
+        return self._tls.received_bytes if self._tls else self._channel.protocol.received_bytes
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -95,6 +98,11 @@ class Connection(asyncio.BufferedProtocol):
     def clock_offset_ns(self) -> int:
         """The peer's `time.monotonic_ns` minus ours."""
         return self._channel.protocol.clock.offset_ns
+
+    @property
+    def busy(self) -> bool:
+        """A message is on its way, in either direction; heartbeats see to it that it does not stay there."""
+        return self._channel.busy
 
     def lead(self, chunks: int) -> None:
         """Let activations that are sent from now on be ahead of gradients by so many chunks, see `wire.outbox`."""
@@ -147,15 +155,21 @@ class Connection(asyncio.BufferedProtocol):
 
         Messages that were not received yet are lost.
         """
-        self._channel.leave(Bye(reason[:1024]), ConnectionLost("this end closed the connection"))
+        self._leave(Bye(reason[:1024]), ConnectionLost("this end closed the connection"))
         await asyncio.shield(self._lost)
 
     async def fail(self, code: str, message: str) -> None:
         """Report an error and close. The peer's `receive` raises `PeerError(code, message)`."""
-        self._channel.leave(
+        self._leave(
             Error(code[:64], message[:1024]), ConnectionLost(f"this end closed the connection: {message}")
         )
         await asyncio.shield(self._lost)
+
+    def _leave(self, message: Message, failure: WireError) -> None:
+        if self._tls is not None and not self._tls.secured:
+            self._channel.abort(failure)  # there is nothing to say it through
+        else:
+            self._channel.leave(message, failure)
 
     def abort(self) -> None:
         """Drop the connection at once, with all that is queued."""
@@ -165,25 +179,41 @@ class Connection(asyncio.BufferedProtocol):
         """Greet the peer."""
         stream = cast(asyncio.Transport, transport)
         stream.set_write_buffer_limits(high=0)
-        self.peer = spell_address(stream.get_extra_info("peername"))
+        address = stream.get_extra_info("peername")  # None where the peer has gone again
+        self.peer = spell_address(address)
         sock = stream.get_extra_info("socket")
         tune(sock)
         self._low_water, self._unsent = LowWater(sock), Unsent(sock)
-        # uvloop's transports refer to what they cannot send at once; asyncio's copy it.
-        splits = not type(stream).__module__.startswith("uvloop")
-        self._channel.attach(stream, splits=splits, delivery=partial(delivery, sock))
+        channel, delivered = self._channel, partial(delivery, sock)
+        if self._limiter is not None:
+            channel.protocol.greeting.door = self._limiter.of(str(address[0]) if address else "?")
+        if self._config.tls is not None:
+            tls = TlsStream(stream, channel, self._role, self._config, self._host, self._loop.call_soon)
+            self._tls = tls
+            channel.attach(tls, Traits(splits=True, delivery=delivered, overhead=lambda: tls.added_bytes))
+            tls.begin()
+        else:
+            # uvloop's transports refer to what they cannot send at once; asyncio's copy it.
+            splits = not type(stream).__module__.startswith("uvloop")
+            channel.attach(stream, Traits(splits=splits, delivery=delivered))
+            channel.greet()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where the next bytes belong."""
-        return self._channel.protocol.next_buffer()
+        return self._tls.next_buffer() if self._tls else self._channel.protocol.next_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes came in."""
+        if self._tls:  # of which some are TLS's own: how many of a payload have still to come is not known
+            self._tls.received(nbytes)
+            return
         self._channel.received(nbytes)
         self._low_water.adjust(nbytes, self._channel.protocol.missing)
 
     def eof_received(self) -> bool:
-        """The peer sends nothing more; the transport then closes."""
+        """The peer sends nothing more; the transport then closes, unless some is still to be decrypted."""
+        if self._tls:
+            return self._tls.received_eof()
         self._channel.received_eof()
         return False
 
@@ -209,19 +239,29 @@ class Server:
         port: the port it listens on.
     """
 
-    def __init__(self, on_connection: OnConnection, config: WireConfig) -> None:
+    def __init__(self, on_connection: OnConnection, config: WireConfig, on_refused: OnRefused) -> None:
         self._on_connection = on_connection
+        self._on_refused = on_refused
         self._config = config
+        self._limiter = AttemptLimiter() if config.token is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
+        self._strangers: dict[Connection, None] = {}  # those without a task, the oldest first
         self._server: asyncio.AbstractServer
         self.host = ""
         self.port = 0
 
-    async def close(self, reason: str = "the server shuts down") -> None:
-        """Stop accepting, say bye to everybody and wait until their coroutines have returned."""
+    def stop_listening(self) -> None:
+        """Take no new connections; those that there are go on."""
         self._server.close()
-        await asyncio.gather(*(connection.close(reason) for connection in self._connections))
+
+    async def close(self, reason: str = "the server shuts down") -> None:
+        """Stop accepting, say bye to everybody who was welcomed and wait until their coroutines have returned."""
+        self._server.close()
+        for stranger in [*self._strangers]:
+            if stranger._channel.failure is None:
+                stranger.abort()  # it may never say anything, and would be waited for
+        await asyncio.gather(*(connection.close(reason) for connection in [*self._connections]))
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._server.wait_closed()
@@ -233,14 +273,25 @@ class Server:
 
     def _accept(self) -> Connection:
         connection = Connection(Role.SERVER, self._config)
+        connection._limiter = self._limiter
         self._connections.add(connection)
+        self._strangers[connection] = None
+        if len(self._strangers) > self._config.max_strangers:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest._channel.abort(ConnectionLost("too many other connections came before it was welcomed"))
         connection._opened.add_done_callback(lambda _: self._begin(connection))
-        connection._lost.add_done_callback(lambda _: self._connections.discard(connection))
+        connection._lost.add_done_callback(lambda _: self._forget(connection))
         return connection
+
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._strangers.pop(connection, None)
 
     def _begin(self, connection: Connection) -> None:
         if connection._channel.failure is not None:
             logger.info("no session with %s: %s", connection.peer, connection._channel.failure)
+            self._on_refused(connection._channel.failure)
             return
         if len(self._tasks) >= self._config.max_connections:
             connection._channel.leave(
@@ -248,6 +299,7 @@ class Server:
                 ConnectionLost("too many connections"),
             )
             return
+        self._strangers.pop(connection, None)
         task = asyncio.get_running_loop().create_task(self._run(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -268,7 +320,11 @@ class Server:
 
 
 async def serve(
-    host: str, port: int, on_connection: OnConnection, config: WireConfig | None = None
+    host: str,
+    port: int,
+    on_connection: OnConnection,
+    config: WireConfig | None = None,
+    on_refused: OnRefused = lambda error: None,
 ) -> Server:
     """Listen, and run `on_connection` for every connection that has said hello.
 
@@ -280,11 +336,12 @@ async def serve(
         port: port to listen on; 0 takes a free one.
         on_connection: what to do with a connection.
         config: settings.
+        on_refused: is told why a connection came to nothing before it was welcomed.
 
     Raises:
         ConnectFailed: the address cannot be listened on.
     """
-    server = Server(on_connection, config or WireConfig())
+    server = Server(on_connection, config or WireConfig(), on_refused)
     try:
         await server._listen(host, port)
     except OSError as error:
@@ -304,7 +361,9 @@ async def connect(host: str, port: int, config: WireConfig | None = None) -> Con
     try:
         async with asyncio.timeout(config.handshake_s):
             sock = await dial(loop, host, port)
-            _, connection = await loop.create_connection(lambda: Connection(Role.CLIENT, config), sock=sock)
+            _, connection = await loop.create_connection(
+                lambda: Connection(Role.CLIENT, config, host), sock=sock
+            )
             await connection._opened
     except OSError as error:
         if connection is None:
@@ -323,7 +382,7 @@ async def connect(host: str, port: int, config: WireConfig | None = None) -> Con
     failure = connection._channel.failure
     if failure is not None:
         await connection.close()
-        raise ConnectFailed(host, port, explain_refusal(failure)) from None
+        raise ConnectFailed(host, port, explain_refusal(failure), final=is_final(failure)) from None
     return connection
 
 

@@ -35,8 +35,10 @@ class Samples(Protocol):
     what: str
     judged_by_mcc: bool
 
-    def train(self, *, batch_size: int, epochs: int, channels_last: bool) -> Batches:
-        """Read shuffled training batches."""
+    def train(
+        self, *, batch_size: int, epochs: int, channels_last: bool, start: tuple[int, int] = (0, 0)
+    ) -> Batches:
+        """Read shuffled training batches of `epochs` epochs, from the epoch and the batch in it that `start` names."""
         ...
 
     def test(self, *, batch_size: int, channels_last: bool) -> Batches:
@@ -77,14 +79,18 @@ class ImageSamples:
         self._seed = seed
         self._augment = dataset.augment if augment else None
 
-    def train(self, *, batch_size: int, epochs: int, channels_last: bool) -> Batches:
+    def train(
+        self, *, batch_size: int, epochs: int, channels_last: bool, start: tuple[int, int] = (0, 0)
+    ) -> Batches:
         """See `Samples`."""
+        epoch, number = start
         return train_batches(
             self._dataset.train,
             batch_size=batch_size,
             seed=self._seed,
-            epoch=0,
-            epochs=epochs,
+            epoch=epoch,
+            epochs=epochs - epoch,
+            start_batch=number,
             image_size=self._image_size,
             normalise=self._dataset.normalise,
             augment=self._augment,
@@ -135,9 +141,19 @@ class TextSamples:
         self._tokens = tokens
         self._seed = seed
 
-    def train(self, *, batch_size: int, epochs: int, channels_last: bool) -> Batches:
+    def train(
+        self, *, batch_size: int, epochs: int, channels_last: bool, start: tuple[int, int] = (0, 0)
+    ) -> Batches:
         """See `Samples`."""
-        plans = shuffled(self.train_size, batch_size=batch_size, seed=self._seed, epochs=epochs)
+        epoch, number = start
+        plans = shuffled(
+            self.train_size,
+            batch_size=batch_size,
+            seed=self._seed,
+            epoch=epoch,
+            epochs=epochs - epoch,
+            start_batch=number,
+        )
         return Batches(plans, self._reader(self._dataset.train))
 
     def test(self, *, batch_size: int, channels_last: bool) -> Batches:

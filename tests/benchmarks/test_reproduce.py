@@ -4,7 +4,16 @@ import pytest
 
 from benchmarks import published, reproduce
 from benchmarks.published import Row
-from benchmarks.reproduce import NONE, Record, Setting, keep, read_records, table_text, with_ranks
+from benchmarks.reproduce import (
+    NONE,
+    Record,
+    Setting,
+    keep,
+    read_records,
+    table_text,
+    with_ranks,
+    with_token_ranks,
+)
 from edge.compress import parse_compress
 
 CPU = Setting("cpu", "", {}, 1.0, (), 1)
@@ -90,3 +99,9 @@ def test_rows_without_a_baseline_of_their_seed_are_shown_and_not_judged():
 def test_ranks_for_maps_come_nearest_to_the_published_rates():
     ranks = [row.compress for row in with_ranks(published.LOWRANK_IMAGE, 224)]
     assert ranks == ["lowrank:3", "lowrank:2"]
+
+
+def test_ranks_on_tokens_come_near_the_published_rates_and_differ() -> None:
+    rows = with_token_ranks(published.LOWRANK_TEXT, tokens=24, width=384)
+    assert [row.compress for row in rows] == ["lowrank:22", "lowrank:7", "lowrank:3", "lowrank:2"]
+    assert [row.rate for row in rows] == [1.17, 0.291, 0.146, 0.109]

@@ -1,5 +1,7 @@
 """Loss scaling goes by the rule of torch's own GradScaler."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,3 +69,22 @@ def test_the_scale_is_a_power_of_two_so_that_undoing_it_is_exact(steps):
         else:
             scale.overflowed()
     assert scale.value.hex().startswith("0x1.0000000000000p")
+
+
+@settings(deadline=None)
+@given(
+    before=st.lists(st.booleans(), max_size=20),
+    after=st.lists(st.booleans(), max_size=20),
+    enabled=st.booleans(),
+)
+def test_a_scale_that_is_brought_back_goes_on_alike(before, after, enabled):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
+        scale, back = LossScale(enabled=enabled), LossScale(enabled=enabled)
+        for is_good in before:
+            scale.stepped() if is_good else scale.overflowed()
+        back.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+        for is_good in after:
+            for one in (scale, back):
+                one.stepped() if is_good else one.overflowed()
+            assert scale.state_dict() == back.state_dict()

@@ -132,7 +132,7 @@ def test_a_step_undone_leaves_the_middle_as_it_was():
     middle.stage.begin_step()
     middle.stage.forward(2, 0, (drawn(4, 4, SIZE, SIZE),))
     middle.backward(0, (drawn(4, 6, SIZE, SIZE),))
-    middle.rollback()
+    middle.drop()
     before = undisturbed.state()
     assert all(torch.equal(tensor, before[name]) for name, tensor in middle.state().items())
     run_step(middle, 2)
@@ -266,7 +266,7 @@ def test_a_middle_undone_keeps_its_width(amp):
         middle.stage.begin_step()
         middle.stage.forward(step, 0, (drawn(4, 24, 8),))
         middle.backward(0, (drawn(4, 24, 8),))
-        middle.rollback()
+        middle.drop()
         assert middle.committed == 0
 
 
@@ -373,7 +373,7 @@ def test_an_fp16_overflow_shows_in_the_norm_and_halves_the_scale():
         middle.backward(0, (gradient,))
         finite.append(math.isfinite(middle.finish_gradients()))
         if not finite[-1]:
-            middle.rollback()
+            middle.drop()
             assert all(torch.equal(tensor, before[name]) for name, tensor in middle.state().items())
     assert not finite[0]
 

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from common import runtime
-from common.runtime import default_threads, peak_rss_bytes, raise_malloc_thresholds, rss_bytes, set_threads
+from common.runtime import (
+    default_threads,
+    machine_bytes,
+    peak_rss_bytes,
+    raise_malloc_thresholds,
+    rss_bytes,
+    set_threads,
+)
 
 GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
@@ -153,3 +160,40 @@ def test_the_peak_is_no_less_than_what_is_resident() -> None:
 def test_resident_memory_falls_back_to_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.Path, "read_text", lambda self, encoding: "")
     assert rss_bytes() == peak_rss_bytes()
+
+
+# ---- how much memory there is ----
+
+
+def write_files(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_memory_is_the_machine_s_where_nothing_limits_it(tmp_path):
+    whole = machine_bytes(root=tmp_path)
+    assert whole > 1 << 28
+    write_files(tmp_path, {"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "max\n"})
+    assert machine_bytes(root=tmp_path) == whole
+    assert 1 << 20 < machine_bytes() <= whole
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "limits", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "2000", "memory.max": "3000"}, 2000),
+        ("0::/a/b\n", {"a/b/memory.max": "1000", "a/memory.max": "2000"}, 1000),
+        # In a container the group's path is another's, and the top is its own.
+        ("0::/docker/abc\n", {"memory.max": "5000"}, 5000),
+        ("3:cpu:/x\n4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "700"}, 700),
+        ("4:cpu,memory:/a\n", {"memory/memory.limit_in_bytes": "800"}, 800),
+        ("4:cpu,memory:/a\n", {"memory/memory.limit_in_bytes": str((1 << 63) - 4096)}, None),
+    ],
+)
+def test_memory_is_what_a_control_group_allows(tmp_path, cgroup, limits, expected):
+    whole = machine_bytes(root=tmp_path)
+    write_files(tmp_path, {"proc/self/cgroup": cgroup})
+    write_files(tmp_path / "sys/fs/cgroup", {name: f"{text}\n" for name, text in limits.items()})
+    assert machine_bytes(root=tmp_path) == (expected or whole)

@@ -141,6 +141,7 @@ def test_any_name_is_a_folder_or_not(name):
         ({}, "type 'None' cannot be split"),
         ({"model_type": "gpt2"}, f"type 'gpt2' cannot be split; there are {', '.join(TYPES)}"),
         ({"model_type": "bert", "num_hidden_layers": 100_000}, "layers"),
+        ({"model_type": "mobilebert", "num_feedforward_networks": 100_000}, "layers"),
         ({"model_type": "bert", "hidden_size": 1 << 40}, "too large"),
         ({"model_type": "bert", "x": "y" * (1 << 17)}, "too large"),
         ({"model_type": "bert", "x": float("nan")}, "plain values"),

@@ -246,7 +246,14 @@ def test_a_compression_that_does_not_parse_is_refused_before_any_data_is_opened(
 
 
 def test_a_job_is_described_in_one_line(mobilenet):
-    ready = Ready(need_weights=False, device="cuda:0 Some GPU", memory_format="channels_last", detail={})
+    ready = Ready(
+        step=0,
+        need_weights=False,
+        saves=False,
+        device="cuda:0 Some GPU",
+        memory_format="channels_last",
+        detail={},
+    )
     text = describe(mobilenet, ready)
     assert text == (
         "mobilenet_v2 on digits (128 training and 20 test samples, images of 32 px, 10 classes), cut after "

@@ -1,5 +1,6 @@
 """A client written by hand over a plain socket, which says whatever a test wants said."""
 
+import os
 import select
 import socket
 import time
@@ -13,7 +14,7 @@ from wire.frames import FrameReader, Limits, encode_frame_head
 from wire.messages import Error, Forward, Message, Open, Ping, Pong, Ready, Welcome
 from wire.serialize import decode, encode
 
-HELLO = {"kind": "hello", "versions": [1], "software": "test", "max_header": 1 << 20, "max_payload": 1 << 30}
+HELLO = {"kind": "hello", "versions": [2], "software": "test", "max_header": 1 << 20, "max_payload": 1 << 30}
 _LIMITS = Limits(max_header=1 << 30, max_payload=1 << 40)
 
 
@@ -49,7 +50,7 @@ class Peer:
         return welcome
 
     def open(self, spec: dict[str, Any]) -> Ready:
-        self.send(Open(spec))
+        self.send(Open(os.urandom(16), os.urandom(32), spec))
         ready = self.receive()
         assert isinstance(ready, Ready), ready
         return ready

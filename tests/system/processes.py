@@ -95,9 +95,14 @@ class Command:
             self._process.join(0.02)
         return match
 
-    def wait(self) -> Ended:
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.is_alive()
+
+    def wait(self, within_s: float = PATIENCE_S) -> Ended:
         """Wait for the end."""
-        self._process.join(PATIENCE_S)
+        self._process.join(within_s)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

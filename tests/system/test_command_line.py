@@ -197,7 +197,7 @@ def test_wrong_server_option_is_one_line(arguments, says):
 
 
 def test_address_of_another_machine_is_refused_in_the_last_line():
-    ended = run("cloud-server", "--cpu", "--host", "203.0.113.7")
+    ended = run("cloud-server", "--cpu", "--insecure", "--host", "203.0.113.7")
     assert ended.status == 2
     assert ended.out == ""
     assert ended.err.splitlines()[-1].startswith(
@@ -218,9 +218,13 @@ DESIGNED = {
     "edge-client": (
         *("--server", "--compress", "--model", "--data", "--image-size", "--num-classes", "--batch-size"),
         *("--chunks", "--epochs", "--steps", "--seed", "--save", "--metrics", "demo"),
-        *("--bottleneck", "calibrate", "flops"),
+        *("--bottleneck", "calibrate", "flops", "--token-file", "--tls", "--tls-fingerprint", "--tls-ca"),
+        *("--tls-cert", "--tls-key"),
     ),
-    "cloud-server": ("--host", "--port", "--gpu", "--cpu", "--import"),
+    "cloud-server": (
+        *("--host", "--port", "--gpu", "--cpu", "--import", "--token-file", "--tls-cert", "--tls-key"),
+        *("--tls-client-ca", "--make-cert", "--insecure", "--heartbeat"),
+    ),
 }
 
 

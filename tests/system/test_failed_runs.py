@@ -138,7 +138,7 @@ def test_version_mismatch_names_both_versions() -> None:
     with isthmus_of_version(9) as address:
         said = failure(train(address))
     assert "version 9" in said
-    assert "version 1" in said
+    assert "version 2" in said
     assert "upgrade the older one" in said
 
 
@@ -266,12 +266,13 @@ def test_full_disk_of_the_metrics_is_said_once_and_training_goes_on(address: str
 def test_server_killed_while_training_is_one_line(tmp_path: Path) -> None:
     with (
         serving("--import", "dropout_model") as (server, address),
-        running("edge-client", "--server", address, *TINY, *FOR_EVER) as client,
+        running("edge-client", "--server", address, *TINY, *FOR_EVER, "--give-up-after", 0.5) as client,
     ):
         client.until(r"step 1/")
         server.signal(signal.SIGKILL)
         said = failure(client.wait())
     assert said.startswith(f"the link to {address} was lost after step ")
+    assert "nothing is listening there" in said
 
 
 def test_server_told_to_end_while_training_says_bye_and_exits_well() -> None:
@@ -283,8 +284,7 @@ def test_server_told_to_end_while_training_says_bye_and_exits_well() -> None:
         server.signal(signal.SIGTERM)
         said = failure(client.wait())
         ended = server.wait()
-    assert said.startswith(f"the link to {address} was lost after step ")
-    assert said.endswith("said bye: the server shuts down")
+    assert "the server was stopped, and keeps nothing on disk to go on with" in said
     assert ended.status == 0, ended
     assert "Traceback" not in ended.err
 

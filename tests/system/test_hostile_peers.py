@@ -36,7 +36,8 @@ from wire.messages import (
     Ready,
     Welcome,
 )
-from wire.streams import StreamEncoder, chunk_message, weights_messages
+from wire.streams import StreamEncoder, chunk_message
+from wire.weights import weights_messages
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,8 @@ BROKEN_FRAMES = {
     "a header with keys that are numbers": (frame({1: 2}), "bad_header"),
     "an unknown kind": (frame({"kind": "dance"}), "bad_header"),
     "a kind that is a map": (frame({"kind": {"a": []}}), "bad_header"),
-    "a message without its fields": (frame({"kind": "hello"}), "bad_header"),
-    "fields of other types": (frame({"kind": "ping", "t_ns": "soon"}), "bad_header"),
+    "a message without its fields": (frame({"kind": "bye"}), "bad_header"),
+    "fields of other types": (frame({"kind": "bye", "reason": 7}), "bad_header"),
     "a deep nest": (encode_frame_head(b"\x91" * 2000, 0), "bad_header"),
 }
 
@@ -170,12 +171,18 @@ def test_version_that_the_server_does_not_speak_is_named(peer: Peer) -> None:
     error = peer.error()
     assert error.code == "version_mismatch"
     assert "7, 9" in error.message
-    assert "version 1" in error.message
+    assert "version 2" in error.message
 
 
 # Messages out of turn.
 
-EARLY = [Begin(1, 1, False), Bye("x"), Ping(1), Fetch("weights"), Ready(True, "cpu", "contiguous", {})]
+EARLY = [
+    Begin(1, 1, False),
+    Bye("x"),
+    Ping(1),
+    Fetch("weights"),
+    Ready(0, True, False, "cpu", "contiguous", {}),
+]
 
 
 @pytest.mark.parametrize("message", EARLY, ids=lambda m: m.kind)
@@ -248,7 +255,7 @@ BAD_JOBS: dict[str, tuple[dict[str, Any], str]] = {
 def test_job_that_cannot_be_done_is_refused_with_the_reason(
     greeted: Peer, job: Job, changes: dict[str, Any], says: str
 ) -> None:
-    greeted.send(Open(changed(job, **changes)))
+    greeted.send(Open(bytes(16), bytes(32), changed(job, **changes)))
     error = greeted.error()
     assert error.code == "refused", error
     assert says in error.message, error
@@ -552,9 +559,11 @@ def test_silent_connections_do_not_keep_others_out(server: tuple[Command, str]) 
             one.close()
 
 
-def test_more_sessions_than_allowed_are_told_so() -> None:
-    with serving("--max-sessions", 1) as (_, address), Peer(address) as first:
+def test_more_sessions_than_allowed_are_told_so(job: Job) -> None:
+    with serving("--max-sessions", 1, "--import", "dropout_model") as (_, address), Peer(address) as first:
         first.greet()
+        first.open(job.spec.to_map())
         with Peer(address) as second:
             second.greet()
+            second.send(Open(os.urandom(16), os.urandom(32), job.spec.to_map()))
             assert second.error().code == "busy"

@@ -20,6 +20,7 @@ from edge.job import prepare
 from edge.link import open_link
 from edge.pipeline import Pipeline
 from edge.result import fetch_state
+from edge.run_folder import SessionKey
 from tests.system.conftest import CloudServer
 from wire.transport import run
 
@@ -63,7 +64,9 @@ async def _train(config: TrainConfig, dropped: bool) -> Trained:
     lanes = Lanes(tracer, 1)
     host, _, port = config.server.rpartition(":")
     async with open_link(host, int(port), tracer) as link:
-        ready = await link.open(job.spec, job.middle_state)
+        ready = await link.open(SessionKey.new(), job.spec)
+        if ready.need_weights:
+            await link.send_weights(job.middle_state())
         context = build_context(job, link, lanes, ready.memory_format)
         _listen(context, this)
         pipeline = Pipeline(context, clip_norm=None, skip_overflow=False)
@@ -75,7 +78,7 @@ async def _train(config: TrainConfig, dropped: bool) -> Trained:
                 samples[-1] = (
                     torch.nan
                 )  # the last chunk's loss; the others have been through every codec by then
-            score, _ = await pipeline.train(
+            outcome = await pipeline.train(
                 number,
                 (samples,),
                 torch.arange(BATCH) % 10,
@@ -83,7 +86,8 @@ async def _train(config: TrainConfig, dropped: bool) -> Trained:
                 depth=2,
                 sample_ids=torch.tensor(list(ids)),
             )
-            return score.loss
+            assert outcome.score is not None
+            return outcome.score.loss
 
         for number in sorted({**STEPS, **DROPPED}):
             if number in STEPS:

@@ -1,6 +1,7 @@
 """Two protocol ends joined by a link that is nothing but bytes, and one message of every kind."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -13,6 +14,7 @@ from wire.messages import (
     Backward,
     Begin,
     Bye,
+    Challenge,
     Commit,
     Committed,
     Error,
@@ -23,13 +25,18 @@ from wire.messages import (
     Open,
     Ping,
     Pong,
+    Proof,
     Ready,
+    Resume,
+    Save,
+    Saved,
     Weights,
     Welcome,
 )
 from wire.protocol import Phase, Protocol, Role
 from wire.serialize import encode
 
+TOKEN = b"sixteen bytes or more"
 ROOMY = Limits(max_header=1 << 20, max_payload=1 << 30)
 
 DESC = {"dtype": "float32", "shape": [2, 3], "order": "C", "size": 24}
@@ -38,10 +45,13 @@ PAYLOAD = bytes(range(24)) + bytes(40)
 SAMPLES: dict[str, Message] = {
     message.kind: message
     for message in (
-        Hello([1], "test/1", 1 << 20, 1 << 30),
-        Welcome(1, "test/1", 1 << 20, 1 << 30, "0123456789abcdef", 5.0, "cpu"),
-        Open({"model": {"name": "net"}, "cuts": ["a", "b"]}),
-        Ready(True, "cpu", "contiguous", {"torch": "2.11"}),
+        Hello([2], "test/1", 1 << 20, 1 << 30),
+        Challenge(bytes(range(32))),
+        Proof(bytes(range(32, 64)), b"\xaa" * 32),
+        Welcome(2, "test/1", 1 << 20, 1 << 30, bytes(range(64, 96)), None, 5.0, "cpu"),
+        Open(b"0123456789abcdef", b"\x5e" * 32, {"model": {"name": "net"}, "cuts": ["a", "b"]}),
+        Resume(b"0123456789abcdef", b"\xbb" * 32, 7, True, None, [4, 6]),
+        Ready(7, True, False, "cpu", "contiguous", {"torch": "2.11"}),
         Weights(0, True, ["w"], [DESC], PAYLOAD),
         Fetch("weights"),
         Begin(1, 2, False),
@@ -50,6 +60,8 @@ SAMPLES: dict[str, Message] = {
         Commit(1, 0.5),
         Committed(1, {"busy_s": {"compute": 0.25}}),
         Abort(1, "the loss is nan"),
+        Save(7, 4),
+        Saved(7, ""),
         Ping(123),
         Pong(123, 456, 789),
         Error("bad_frame", "what was that?"),
@@ -166,13 +178,24 @@ class ProtocolPair:
                 self.send(end, reply)
         return kinds
 
+    def _send_next_reply(self) -> None:
+        for end in (self.server, self.client):
+            for reply in end.take_replies():
+                self.send(end, reply)
+                return
+
     def bring_to(self, phase: Phase) -> "ProtocolPair":
-        """Bring both ends to a phase."""
+        """Bring both ends to a phase; with a token if it is one of proving that it is known."""
+        proved = [Phase.CHALLENGED, Phase.PROVED] if phase in (Phase.CHALLENGED, Phase.PROVED) else []
+        if proved:
+            configs = [replace(end.config, token=TOKEN) for end in (self.client, self.server)]
+            self.__init__(*configs)  # type: ignore[misc]
         self.client.take_replies() if phase is Phase.START else None
         steps: list[tuple[Phase, Callable[[], object]]] = [
             (Phase.START, lambda: None),
             (Phase.GREETED, lambda: self.send(self.client, *self.client.take_replies())),
-            (Phase.WELCOMED, lambda: self.send(self.server, *self.server.take_replies())),
+            *((step, self._send_next_reply) for step in proved),
+            (Phase.WELCOMED, self._send_next_reply),
             (Phase.OPENING, lambda: self.send(self.client, SAMPLES["open"])),
             (Phase.RUNNING, lambda: self.send(self.server, SAMPLES["ready"])),
             (Phase.CLOSED, lambda: self.send(self.client, SAMPLES["bye"])),

@@ -20,10 +20,11 @@ from wire.errors import (
     RemoteProtocolError,
     WireError,
 )
-from wire.frames import PRELUDE_SIZE, FrameReader, Limits, encode_frame_head
+from wire.frames import PRELUDE_SIZE, FrameReader, Limits, encode_frame_head, split_frame_head
 from wire.messages import Backward, Bye, Error, Forward, Message
 from wire.protocol import Phase, Role
-from wire.serialize import decode
+from wire.sender import Traits
+from wire.serialize import decode, encode
 
 REASON = ConnectionLost("the test ends it")
 
@@ -156,7 +157,8 @@ class End:
         timer.callback()
 
     def attach(self) -> "End":
-        self.channel.attach(self.stream, splits=self.splits)
+        self.channel.attach(self.stream, Traits(splits=self.splits))
+        self.channel.greet()
         return self
 
     def receive(self, *messages: Message) -> None:
@@ -234,7 +236,7 @@ def test_peer_that_does_not_greet_in_time_is_dropped() -> None:
     end.fire()
     assert end.stream.aborted
     assert end.opened.done()
-    assert "did not say hello within 3 s" in str(end.channel.failure)
+    assert "did not greet within 3 s" in str(end.channel.failure)
 
 
 def test_greeting_ends_the_wait_for_it() -> None:
@@ -469,6 +471,78 @@ def test_channel_pings_at_every_heartbeat() -> None:
 def test_channel_looks_twice_within_a_short_timeout() -> None:
     end = End(heartbeat_s=10.0, timeout_s=1.0).running()
     assert [timer.delay_s for timer in end.due] == [0.5]
+
+
+# Peers that are too slow. A window of a microsecond is over whenever the timer is due.
+
+
+def test_frame_that_stops_coming_ends_the_connection() -> None:
+    end = End(slow_s=1e-6).running()
+    end.fire()
+    end.receive_bytes(to_bytes(SAMPLES["forward"])[:-10])
+    end.fire()
+    assert end.channel.failure is None
+    end.fire()
+    assert end.stream.aborted
+    assert "began a message and sent less" in str(end.channel.failure)
+
+
+def test_heartbeats_between_the_pieces_of_a_frame_do_not_stand_for_them() -> None:
+    head = split_frame_head(bytes(encode(large(), ROOMY)[0][0]), 2)
+    end = End(slow_s=1e-6).running()
+    end.receive_bytes(head)
+    end.fire()
+    end.receive(*[SAMPLES["ping"]] * 5000)
+    end.fire()
+    assert "began a message and sent less" in str(end.channel.failure)
+
+
+def test_frame_that_stops_coming_because_it_is_not_read_is_no_fault_of_the_peer() -> None:
+    end = End(slow_s=1e-6, receive_queue=1).running()
+    end.receive_bytes(to_bytes(SAMPLES["begin"]) + to_bytes(SAMPLES["forward"])[:-10])
+    assert not end.stream.reading
+    for _ in range(3):
+        end.fire()
+    assert end.channel.failure is None
+    end.channel.take()
+    end.fire()
+    end.fire()
+    assert "began a message and sent less" in str(end.channel.failure)
+
+
+def test_peer_that_does_not_read_is_dropped_with_all_that_waits_for_it() -> None:
+    end = End(room=0, unread_s=1e-6).running()
+    receipt = end.channel.queue(large())
+    end.fire()
+    end.receive(SAMPLES["ping"])
+    assert end.channel.failure is None
+    end.fire()
+    assert end.stream.aborted
+    with pytest.raises(ConnectionLost, match="took less than 1024 bytes/s of what waits"):
+        next(receipt.__await__())
+
+
+def test_client_that_opens_no_job_is_dropped_and_a_server_is_not() -> None:
+    for role, greeting in ((Role.SERVER, "hello"), (Role.CLIENT, "welcome")):
+        end = End(role, open_s=1e-6).attach()
+        end.receive(SAMPLES[greeting])
+        end.fire()
+        assert end.stream.aborted == (role is Role.SERVER)
+        assert ("opened no job" in str(end.channel.failure)) == (role is Role.SERVER)
+
+
+def test_time_limits_are_looked_at_often_enough() -> None:
+    end = End(heartbeat_s=3600.0, timeout_s=7200.0, slow_s=30.0).running()
+    assert [timer.delay_s for timer in end.due] == [15.0]
+
+
+def test_peer_that_reads_next_to_nothing_does_not_hold_up_the_end() -> None:
+    end = End(room=0, close_s=4.0).running()
+    end.channel.queue(large())
+    end.channel.leave(Bye("done"), REASON)
+    end.stream.drain(1000)
+    end.fire()
+    assert end.stream.aborted
 
 
 # Ending.

@@ -7,6 +7,7 @@ import pytest
 
 from common.spec import STREAMS
 from tests.wire.test_golden import GOLDEN
+from wire.auth import CLIENT_TOKEN, RESUME, SERVER_TOKEN
 from wire.codecs.layout import DTYPES
 from wire.codecs.registry import always_on, codec_names
 from wire.config import DEFAULT_LIMITS, PROTOCOL_VERSIONS, WireConfig
@@ -15,6 +16,7 @@ from wire.frames import FRAME_FORMAT, HANDSHAKE_LIMITS, MAX_SPLIT
 from wire.messages import MESSAGE_TYPES, RULES
 from wire.outbox import _NUMBERS, _URGENT
 from wire.protocol import TRANSITIONS, Phase, Role
+from wire.token_file import LEAST_TOKEN
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 
@@ -61,12 +63,13 @@ def test_sender_of_every_message_is_named(kind: str) -> None:
 
 
 def test_phases_and_what_may_be_said_in_them_are_listed() -> None:
-    listed = {}
+    listed: dict[tuple[Phase, Role], dict[str, Phase]] = {}
     for phase, *cells in table(section("Phases")):
         for role, cell in zip(Role, cells, strict=True):
-            names, _, after = cell.partition("→")
-            next_phase = Phase(after.strip() or phase)
-            listed[Phase(phase), role] = dict.fromkeys(quoted(names), next_phase)
+            row = listed[Phase(phase), role] = {}
+            for part in cell.split(";"):
+                names, _, after = part.partition("→")
+                row.update(dict.fromkeys(quoted(names), Phase(after.strip() or phase)))
     always = {"ping", "pong", "error", "bye"}
     for phase, rows in TRANSITIONS.items():
         for role, row in rows.items():
@@ -76,7 +79,9 @@ def test_phases_and_what_may_be_said_in_them_are_listed() -> None:
 def test_every_code_of_an_error_is_listed() -> None:
     listed = {code for row in table(section("Errors")) for code in quoted(row[0])}
     codes = {cls.code for cls in [RemoteProtocolError, *RemoteProtocolError.__subclasses__()]}
-    assert listed == codes | {"refused", "busy", "internal_error"}
+    of_sessions = {"unknown_session", "wrong_secret", "no_common_step", "session_exists"}
+    of_servers = {"refused", "busy", "draining", "stopped", "internal_error", "tls_wanted"}
+    assert listed == codes | of_sessions | of_servers
 
 
 def test_rules_of_priority_name_every_message() -> None:
@@ -94,14 +99,32 @@ def test_numbers_are_those_of_the_program() -> None:
     assert "4096 bytes of header, no payload" in TEXT
     assert f"At most {MAX_SPLIT} frames" in TEXT
     assert (DEFAULT_LIMITS.max_header, DEFAULT_LIMITS.max_payload) == (1 << 20, 1 << 30)
-    assert "1 MiB of header and 1 GiB of payload" in TEXT
+    assert "1 MiB of header and 1 GiB of payload" in " ".join(TEXT.split())
     settings = WireConfig()
+    assert f"has {settings.handshake_s:g} s for TLS and for the whole greeting" in TEXT
+    assert f"has {settings.open_s:g} s to open or resume a job" in TEXT
+    assert f"at most {settings.max_strangers} connections that are not welcomed yet" in TEXT
+    for least, over in (
+        (settings.least_bytes_per_s, settings.slow_s),
+        (settings.least_bytes_per_s, settings.unread_s),
+    ):
+        assert f"at least {least} bytes/s, on average over {over:g} s" in " ".join(TEXT.split())
+    assert f"at least {LEAST_TOKEN} bytes" in TEXT
     assert (settings.send_queue, settings.receive_queue, settings.close_s, settings.handshake_s) == (
         8,
         8,
         10,
         10,
     )
+
+
+def test_proofs_are_made_as_they_are_described() -> None:
+    made = {row[0]: quoted(row[2])[0] for row in table(section("Proofs"))}
+    assert made == {
+        "`proof.mac`": CLIENT_TOKEN.decode(),
+        "`welcome.mac`": SERVER_TOKEN.decode(),
+        "`resume.mac`": RESUME.decode(),
+    }
 
 
 def test_types_and_codecs_are_all_described() -> None:

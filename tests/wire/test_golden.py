@@ -1,11 +1,13 @@
 """Frames as bytes, beside what they mean: what a program in another language can be checked against.
 
 The files in ``golden`` do not change while the protocol's version stays the same. Each holds a message's fields,
-the frame's prelude, header and payload (64 bytes a line) in hexadecimal, and for messages with tensors the
+the frame's prelude, header and payload (64 bytes a line) in hexadecimal, as byte strings among the fields are too,
+and for messages with tensors the
 values: those given to the encoder and those that come out, or one list where they are the same, row-major. Where
 "after" names another file, its message has crossed in the same streams before.
 """
 
+import hmac
 import json
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,20 @@ import torch
 from torch import Tensor
 
 from common.spec import JobSpec
-from tests.wire.pair import ROOMY, as_sent, joined, read_frames
+from tests.wire.pair import ROOMY, TOKEN, as_sent, joined, read_frames
+from wire.auth import CLIENT_TOKEN, RESUME, SERVER_TOKEN, prove
 from wire.codecs.registry import always_on, codec_names
 from wire.codecs.spec import parse_chain
 from wire.frames import FrameReader
-from wire.messages import MESSAGE_TYPES, Message, Open
+from wire.messages import MESSAGE_TYPES, Challenge, Message, Open, Proof, Resume, Welcome
 from wire.serialize import decode, encode
-from wire.streams import Encodings, StreamDecoder, StreamEncoder, WeightsReceiver, facts_of
+from wire.streams import Encodings, StreamDecoder, StreamEncoder, facts_of
+from wire.weights import WeightsReceiver
 
 GOLDEN = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").iterdir())
 }
+BYTES = {"nonce", "mac", "session", "secret"}
 WITH_TENSORS = {name: golden for name, golden in GOLDEN.items() if "tensors" in golden}
 
 
@@ -41,6 +46,8 @@ def frame_of(golden: dict[str, Any]) -> bytes:
 def message_of(golden: dict[str, Any]) -> Message:
     fields = dict(golden["message"])
     message_type = MESSAGE_TYPES[fields.pop("kind")]
+    for name in BYTES & fields.keys():
+        fields[name] = None if fields[name] is None else bytes.fromhex(fields[name])
     return message_type(**fields, **({"payload": payload_of(golden)} if "tensors" in golden else {}))
 
 
@@ -144,6 +151,25 @@ def test_values_are_encoded_as_exactly_these_bytes(golden: dict[str, Any]) -> No
     descs, buffers = encoded(StreamEncoder(chain, gradient=gradient), golden)
     assert descs == golden["message"]["tensors"]
     assert joined(buffers).hex() == payload_of(golden).hex()
+
+
+def test_proofs_are_those_of_the_token_and_of_the_session() -> None:
+    challenge, proof, proved, welcome, opened, resume = (
+        message_of(GOLDEN[name])
+        for name in ("challenge", "proof", "welcome_proved", "welcome", "open", "resume")
+    )
+    assert isinstance(challenge, Challenge)
+    assert isinstance(proof, Proof)
+    assert isinstance(proved, Welcome)
+    assert isinstance(welcome, Welcome)
+    assert isinstance(opened, Open)
+    assert isinstance(resume, Resume)
+    assert proof.mac == prove(TOKEN, CLIENT_TOKEN, challenge.nonce, proof.nonce)
+    assert proved.mac == prove(TOKEN, SERVER_TOKEN, proof.nonce, challenge.nonce)
+    assert resume.session == opened.session
+    assert resume.mac == prove(opened.secret, RESUME, welcome.nonce, opened.session)
+    by_hand = b"isthmus client token\0" + challenge.nonce + b"\0" + proof.nonce
+    assert proof.mac == hmac.new(TOKEN, by_hand, "sha256").digest()
 
 
 @pytest.mark.parametrize("name", ["open", "open_text"])

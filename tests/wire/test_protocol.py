@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.wire.pair import SAMPLES, ProtocolPair, as_sent, feed, frame, joined, to_bytes
 from wire.config import WireConfig
 from wire.errors import (
+    AuthenticationFailed,
     ConnectionLost,
     ForeignProtocol,
     FrameError,
@@ -17,6 +18,7 @@ from wire.errors import (
     LocalProtocolError,
     PeerError,
     RemoteProtocolError,
+    TokenMissing,
     VersionMismatch,
 )
 from wire.frames import Limits
@@ -29,15 +31,19 @@ KINDS = sorted(MESSAGE_TYPES)
 EXPECTED = {
     (Phase.START, Role.CLIENT, "hello"): Phase.GREETED,
     (Phase.GREETED, Role.SERVER, "welcome"): Phase.WELCOMED,
+    (Phase.GREETED, Role.SERVER, "challenge"): Phase.CHALLENGED,
+    (Phase.CHALLENGED, Role.CLIENT, "proof"): Phase.PROVED,
+    (Phase.PROVED, Role.SERVER, "welcome"): Phase.WELCOMED,
     (Phase.WELCOMED, Role.CLIENT, "open"): Phase.OPENING,
+    (Phase.WELCOMED, Role.CLIENT, "resume"): Phase.OPENING,
     (Phase.OPENING, Role.SERVER, "ready"): Phase.RUNNING,
     **{
         (Phase.RUNNING, Role.CLIENT, kind): Phase.RUNNING
-        for kind in ("weights", "fetch", "begin", "forward", "backward", "commit", "abort")
+        for kind in ("weights", "fetch", "begin", "forward", "backward", "commit", "abort", "save")
     },
     **{
         (Phase.RUNNING, Role.SERVER, kind): Phase.RUNNING
-        for kind in ("weights", "forward", "backward", "committed", "abort")
+        for kind in ("weights", "forward", "backward", "committed", "abort", "saved")
     },
     **{
         (phase, role, kind): phase
@@ -56,7 +62,9 @@ EXPECTED = {
 EVERYTHING = [(phase, role, kind) for phase in Phase for role in Role for kind in KINDS]
 ALLOWED = [what for what in EVERYTHING if what in EXPECTED]
 FORBIDDEN = [what for what in EVERYTHING if what not in EXPECTED]
-DEALT_WITH = {"hello", "welcome", "ping", "pong"}
+DEALT_WITH = {"hello", "challenge", "proof", "welcome", "ping", "pong"}
+# The samples prove nothing, and a client without a token cannot be challenged.
+PROVES_NOTHING = {(Phase.GREETED, "challenge"), (Phase.CHALLENGED, "proof"), (Phase.PROVED, "welcome")}
 
 
 def name_of(value: object) -> str:
@@ -82,6 +90,9 @@ def test_allowed_message_moves_both_ends_to_the_same_phase(phase: Phase, role: R
     sender = pair.end(role)
     if kind == "error":
         with pytest.raises(PeerError, match="what was that"):
+            pair.send(sender, SAMPLES[kind])
+    elif (phase, kind) in PROVES_NOTHING:
+        with pytest.raises((AuthenticationFailed, TokenMissing)):
             pair.send(sender, SAMPLES[kind])
     else:
         seen = pair.send(sender, SAMPLES[kind])
@@ -124,7 +135,7 @@ def test_whatever_comes_after_the_end_is_dropped(role: Role, kind: str) -> None:
 def test_message_that_cannot_be_sent_leaves_everything_as_it_was() -> None:
     pair = ProtocolPair().bring_to(Phase.WELCOMED)
     with pytest.raises(LocalProtocolError):
-        pair.client.send(Open({"a": object()}))
+        pair.client.send(Open(bytes(16), bytes(32), {"a": object()}))
     assert pair.client.phase is Phase.WELCOMED
     pair.send(pair.client, SAMPLES["open"])
     assert pair.server.phase is Phase.OPENING
@@ -166,15 +177,14 @@ def test_both_ends_know_what_the_other_said() -> None:
     assert pair.client.welcome == pair.server.welcome
 
 
-def test_sessions_have_names_of_their_own() -> None:
-    names = set()
+def test_every_welcome_has_a_nonce_of_its_own() -> None:
+    nonces = set()
     for _ in range(50):
         pair = ProtocolPair()
         pair.deliver_replies()
         assert pair.client.welcome is not None
-        names.add(pair.client.welcome.session)
-    assert len(names) == 50
-    assert all(len(bytes.fromhex(name)) == 8 for name in names)
+        nonces.add(pair.client.welcome.nonce)
+    assert len(nonces) == 50
 
 
 @pytest.mark.parametrize(
@@ -203,13 +213,20 @@ def test_server_without_a_version_in_common_says_so() -> None:
 
 def test_client_refuses_a_version_that_it_does_not_speak() -> None:
     pair = ProtocolPair().bring_to(Phase.GREETED)
-    with pytest.raises(VersionMismatch, match="version 1, the other version 5"):
+    with pytest.raises(VersionMismatch, match="version 2, the other version 5"):
         feed(pair.client, to_bytes(replace(SAMPLES["welcome"], version=5)))  # type: ignore[type-var]
 
 
 def test_client_that_speaks_no_version_at_all_is_refused() -> None:
     with pytest.raises(VersionMismatch, match="no version"):
         feed(ProtocolPair().server, to_bytes(replace(SAMPLES["hello"], versions=[])))  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("role", Role, ids=name_of)
+@pytest.mark.parametrize("phase", [Phase.START, Phase.GREETED, Phase.CHALLENGED, Phase.PROVED], ids=name_of)
+def test_fields_of_what_may_not_come_yet_are_not_looked_at(phase: Phase, role: Role) -> None:
+    with pytest.raises(RemoteProtocolError, match=f"sent open in phase {phase.value}"):
+        feed(ProtocolPair().bring_to(phase).end(role), frame({"kind": "open", "spec": 7}))
 
 
 # Limits.
@@ -249,8 +266,8 @@ def test_each_end_enforces_its_own_limits_after_the_handshake() -> None:
 
 def test_open_may_be_as_large_as_the_server_takes() -> None:
     pair = ProtocolPair().bring_to(Phase.WELCOMED)
-    spec = {"text": "x" * 500_000}
-    assert pair.send(pair.client, Open(spec)) == [Open(spec)]
+    job = Open(bytes(16), bytes(32), {"text": "x" * 500_000})
+    assert pair.send(pair.client, job) == [job]
 
 
 # Heartbeats and clocks.

@@ -20,12 +20,18 @@ from wire.messages import (
     Backward,
     Begin,
     Bye,
+    Challenge,
     Commit,
     Forward,
     Hello,
     Message,
     Open,
     Ping,
+    Proof,
+    Ready,
+    Resume,
+    Save,
+    Saved,
     Weights,
     Welcome,
 )
@@ -39,6 +45,10 @@ def received(data: bytes) -> Message:
 
 def received_header(packed: bytes, payload: bytes = b"") -> Message:
     return decode(Frame(packed, memoryview(bytearray(payload)), PRELUDE_SIZE + len(packed) + len(payload)))
+
+
+def opened(spec: dict[str, Any]) -> Open:
+    return Open(bytes(16), bytes(32), spec)
 
 
 def header_of(message: Message) -> dict[str, Any]:
@@ -110,6 +120,12 @@ FIELDS: dict[str, tuple[Message, str, list[Any], list[Any]]] = {
         [0.01, 3600.0],
         [0.0, 3600.5, 5, float("nan"), float("inf"), None],
     ),
+    "session id": (SAMPLES["open"], "session", [bytes(16)], [bytes(15), bytes(17), "x" * 16, None, 7]),
+    "digest": (SAMPLES["open"], "secret", [bytes(32)], [bytes(31), bytes(33), "x" * 32, None]),
+    "optional digest": (SAMPLES["welcome"], "mac", [None, bytes(32)], [b"", bytes(31), False]),
+    "nonce": (SAMPLES["challenge"], "nonce", [bytes(32)], [bytes(31), None]),
+    "optional step": (SAMPLES["resume"], "step", [None, 0, 2**63 - 1], [-1, 2**63, 1.0, True]),
+    "steps": (SAMPLES["resume"], "saved", [[], [0, 5], [1] * 1024], [[1] * 1025, [-1], ["1"], None, 3]),
     "optional number": (
         SAMPLES["commit"],
         "scale",
@@ -170,24 +186,24 @@ def nested(depth: int) -> Any:
 
 
 def test_plain_values_nest_sixteen_levels_and_no_more() -> None:
-    assert received(to_bytes(Open({"a": nested(15)}))) == Open({"a": nested(15)})
+    assert received(to_bytes(opened({"a": nested(15)}))) == opened({"a": nested(15)})
     with pytest.raises(LocalProtocolError, match="16 levels"):
-        to_bytes(Open({"a": nested(16)}))
+        to_bytes(opened({"a": nested(16)}))
     with pytest.raises(HeaderError, match="16 levels"):
-        received(frame({"kind": "open", "spec": {"a": nested(16)}}))
+        received(frame(header_of(SAMPLES["open"]) | {"spec": {"a": nested(16)}}))
 
 
 @pytest.mark.parametrize("value", [list(range(65_537)), {str(n): n for n in range(4097)}])
 def test_more_items_than_a_reader_takes_are_not_sent(value: Any) -> None:
     with pytest.raises(LocalProtocolError):
-        to_bytes(Open({"a": value}))
+        to_bytes(opened({"a": value}))
 
 
 @pytest.mark.parametrize(
     "message",
     [
         Bye("\ud800"),
-        Open({"a": "\udfff"}),
+        opened({"a": "\udfff"}),
         Weights(0, True, ["a"], [{"size": 0, "a": object()}]),
         Weights(0, True, ["a"], [{"size": 0, "a": 2**64}]),
     ],
@@ -268,7 +284,7 @@ def test_arrays_that_declare_more_than_the_header_holds_take_no_memory() -> None
 
 def test_header_above_the_peers_limit_is_not_sent() -> None:
     with pytest.raises(LocalProtocolError, match="the peer accepts 4096"):
-        encode(Open({"a": "x" * 5000}), Limits(4096, 0))
+        encode(opened({"a": "x" * 5000}), Limits(4096, 0))
 
 
 def test_payload_above_the_peers_limit_is_not_sent() -> None:
@@ -421,6 +437,7 @@ def with_tensors(make: Any, *values: st.SearchStrategy[Any]) -> st.SearchStrateg
     return st.tuples(*values, TENSORS).map(build)
 
 
+DIGEST, SESSION = st.binary(min_size=32, max_size=32), st.binary(min_size=16, max_size=16)
 MESSAGES = st.one_of(
     st.builds(
         Hello,
@@ -435,11 +452,18 @@ MESSAGES = st.one_of(
         TEXT,
         st.integers(4096, 2**63 - 1),
         st.integers(0, 2**63 - 1),
-        TEXT,
+        DIGEST,
+        st.none() | DIGEST,
         st.floats(0.01, 3600.0),
         TEXT,
     ),
-    st.builds(Open, PLAIN_MAP),
+    st.builds(Challenge, DIGEST),
+    st.builds(Proof, DIGEST, DIGEST),
+    st.builds(Open, SESSION, DIGEST, PLAIN_MAP),
+    st.builds(Resume, SESSION, DIGEST, st.none() | STEP, st.booleans(), NUMBER, st.lists(STEP, max_size=5)),
+    st.builds(Ready, STEP, st.booleans(), st.booleans(), TEXT, TEXT, PLAIN_MAP),
+    st.builds(Save, STEP, STEP),
+    st.builds(Saved, STEP, TEXT),
     st.builds(Begin, STEP, st.integers(1, 2**31 - 1), st.booleans()),
     st.builds(Commit, STEP, NUMBER),
     st.builds(Ping, NANOSECONDS),

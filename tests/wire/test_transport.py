@@ -19,7 +19,7 @@ import uvloop
 from tests.wire.pair import ROOMY, SAMPLES, frame, to_bytes
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, LocalProtocolError, PeerError, RemoteProtocolError
-from wire.frames import FrameReader, Limits, padding
+from wire.frames import PRELUDE_SIZE, FrameReader, Limits, padding, split_frame_head
 from wire.messages import (
     Begin,
     Bye,
@@ -186,14 +186,12 @@ async def test_both_ends_know_each_other_once_connected() -> None:
 
     async def look(connection: Connection) -> None:
         seen.append(connection.hello)
-        assert connection.session == connection.welcome.session  # type: ignore[union-attr]
         await idle(connection)
 
     async with serving(look, software="cloud/2", device="cuda:7") as server:
         connection = await open_job(server, software="edge/1")
         assert connection.welcome is not None
         assert (connection.welcome.software, connection.welcome.device) == ("cloud/2", "cuda:7")
-        assert len(connection.session) == 16
         assert connection.peer == f"{server.host}:{server.port}"
         assert seen[0] is not None
         assert seen[0].software == "edge/1"
@@ -656,7 +654,7 @@ async def test_silent_client_is_noticed_by_its_heartbeats() -> None:
 @on_both_loops
 async def test_silent_server_is_noticed_by_its_heartbeats() -> None:
     async def welcome_and_fall_asleep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(to_bytes(Welcome(1, "x", 1 << 20, 1 << 30, "s", 0.02, "cpu")))
+        writer.write(to_bytes(Welcome(2, "x", 1 << 20, 1 << 30, bytes(32), None, 0.02, "cpu")))
         await reader.read()
 
     async with raw_server(welcome_and_fall_asleep) as port:
@@ -731,6 +729,69 @@ async def test_client_that_never_greets_is_hung_up_on() -> None:
             assert await peer.reader.read() == b""
 
 
+# Peers that are alive and too slow.
+
+
+@on_both_loops
+async def test_client_that_stops_in_the_middle_of_a_message_is_dropped_though_it_answers_pings() -> None:
+    ending = Ending()
+    async with serving(ending, slow_s=0.1, heartbeat_s=0.02) as server, raw_peer(server) as peer:
+        await peer.greet()
+        whole = to_bytes(SAMPLES["forward"])
+        head = whole[: PRELUDE_SIZE + int.from_bytes(whole[8:12], "big")]
+        peer.writer.write(split_frame_head(head, 1))  # the pieces never come, and pongs can go between them
+        answering = asyncio.create_task(answer_pings(peer))
+        assert "began a message and sent less than 1024 bytes/s" in str(await ending.error)
+        await answering
+
+
+@on_both_loops
+async def test_client_that_does_not_read_is_dropped_with_what_waits_for_it() -> None:
+    failed: asyncio.Future[ConnectionLost] = asyncio.get_running_loop().create_future()
+
+    async def send_much(connection: Connection) -> None:
+        await take_job(connection)
+        try:
+            for chunk in range(100):
+                await connection.send(tensor_message(np.zeros(1 << 20, np.uint8), chunk))
+        except ConnectionLost as lost:
+            failed.set_result(lost)
+
+    # Much too little is sent to keep such a peer for long, and pings of its own are no help.
+    async with serving(send_much, unread_s=0.2, heartbeat_s=0.05) as server, raw_peer(server) as peer:
+        await peer.greet()
+        peer.writer.write(to_bytes(SAMPLES["open"]))
+        pinging = asyncio.create_task(ping_on(peer))
+        assert "took less than 1024 bytes/s" in str(await failed)
+        pinging.cancel()
+        with contextlib.suppress(asyncio.CancelledError, OSError):
+            await pinging
+
+
+@on_both_loops
+async def test_client_that_opens_no_job_is_dropped_though_it_answers_pings() -> None:
+    ending = Ending()
+    async with serving(ending, open_s=0.1, heartbeat_s=0.02) as server, raw_peer(server) as peer:
+        await peer.greet()
+        answering = asyncio.create_task(answer_pings(peer))
+        assert "opened no job within 0.1 s" in str(await ending.error)
+        await answering
+
+
+async def answer_pings(peer: RawPeer) -> None:
+    """Be alive, until the other end has enough."""
+    with contextlib.suppress(OSError):
+        while await peer.reader.read(1000):
+            peer.writer.write(to_bytes(Pong(0, 0, 0)))
+
+
+async def ping_on(peer: RawPeer) -> None:
+    """Be alive without reading."""
+    while True:
+        peer.writer.write(to_bytes(Ping(0)))
+        await asyncio.sleep(0.01)
+
+
 # Many connections.
 
 
@@ -771,7 +832,7 @@ async def test_connections_that_say_nothing_do_not_count() -> None:
 async def test_many_connections_are_served_at_once() -> None:
     async with serving(echo) as server:
         connections = await asyncio.gather(*(open_job(server) for _ in range(20)))
-        assert len({connection.session for connection in connections}) == 20
+        assert len({connection.welcome.nonce for connection in connections if connection.welcome}) == 20
         for number, connection in enumerate(connections):
             await connection.send(tensor_message(np.full(1000, number, np.uint8)))
         for number, connection in enumerate(connections):

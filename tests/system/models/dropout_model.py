@@ -18,18 +18,24 @@ class Residual(nn.Module):
 
 
 class DropoutNet(nn.Module):
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, width: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Dropout(0.1))
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.Dropout(0.1))
         self.blocks = nn.Sequential(
-            nn.ReLU(inplace=True), Residual(8), Residual(8), nn.Dropout2d(0.25), Residual(8)
+            nn.ReLU(inplace=True), Residual(width), Residual(width), nn.Dropout2d(0.25), Residual(width)
         )
         self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8, num_classes)
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(width, num_classes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)))
 
 
+def wide_net(num_classes: int) -> DropoutNet:
+    """Wide enough for a low rank to be fewer bytes."""
+    return DropoutNet(num_classes, width=32)
+
+
 register_model("dropout_net", DropoutNet)
+register_model("wide_net", wide_net)

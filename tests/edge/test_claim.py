@@ -1,0 +1,160 @@
+"""Asking for a session, and what a run keeps of it: whatever answer is lost, there is a way to go on."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common.errors import UserError
+from edge.claim import Claim
+from edge.config import TrainConfig
+from edge.outcome import Outcome
+from edge.progress import SilentProgress
+from edge.run_folder import RunFolder, SessionKey, read_settings
+from edge.saves import Saves
+from edge.trainer import Trainer
+from wire.errors import ConnectionLost, PeerError
+from wire.messages import Ready, Saved
+
+CONFIG = TrainConfig(server="nowhere:1")
+READY = Ready(0, need_weights=False, saves=True, device="cpu", memory_format="contiguous", detail={})
+
+
+class Link:
+    """Answers as it is told to: with what is ready, or an error."""
+
+    def __init__(self, *answers: Ready | Exception) -> None:
+        self.answers = list(answers)
+        self.asked: list[Any] = []
+
+    async def open(self, key: SessionKey, spec: Any) -> Ready:
+        self.asked.append("open")
+        return self._answer()
+
+    async def resume(self, key: SessionKey, outcome: Outcome | None, saved: Sequence[int]) -> Ready:
+        self.asked.append((outcome, list(saved)))
+        return self._answer()
+
+    def _answer(self) -> Ready:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def test_run_whose_first_answer_is_lost_can_be_gone_on_with(tmp_path: Path) -> None:
+    async def ask() -> None:
+        link: Any = Link(ConnectionLost("gone"), READY)
+        folder = RunFolder(tmp_path / "run", keep=2)
+        claim = Claim(CONFIG, None)
+        with pytest.raises(ConnectionLost):
+            await claim.ask(link, None, Outcome(), folder)  # type: ignore[arg-type]
+        assert await claim.ask(link, None, Outcome(), folder) is READY  # type: ignore[arg-type]
+        assert link.asked == ["open", (Outcome(), [])]
+        read_settings(tmp_path / "run", {})
+
+    run(ask())
+
+
+@pytest.mark.parametrize("code", ["unknown_session", "no_common_step"])
+@pytest.mark.parametrize("saved", [[], [0]])
+def test_run_that_was_killed_before_it_had_come_to_anything_begins_anew(saved: list[int], code: str) -> None:
+    async def ask() -> None:
+        link: Any = Link(PeerError(code, "unknown"), READY)
+        folder: Any = SimpleNamespace(steps=saved, write_settings=lambda config, key: None)
+        claim = Claim(CONFIG, SessionKey.new())
+        assert not claim.remembers
+        with pytest.raises(PeerError) as refused:
+            await claim.ask(link, None, Outcome(), folder)  # type: ignore[arg-type]
+        assert claim.begins_anew(refused.value)
+        assert claim.remembers
+        assert await claim.ask(link, None, Outcome(), folder) is READY  # type: ignore[arg-type]
+        assert link.asked == [(None, saved), "open"]
+
+    run(ask())
+
+
+@pytest.mark.parametrize(("last", "saved", "resumed"), [(0, [0, 5], True), (3, [], False)])
+def test_run_that_has_come_to_something_does_not(last: int, saved: list[int], resumed: bool) -> None:
+    async def ask() -> None:
+        link: Any = Link(READY, PeerError("unknown_session", "unknown"))
+        folder: Any = SimpleNamespace(steps=saved, write_settings=lambda config, key: None)
+        claim = Claim(CONFIG, SessionKey.new() if resumed else None)
+        await claim.ask(link, None, Outcome(), folder)  # type: ignore[arg-type]
+        with pytest.raises(PeerError) as refused:
+            await claim.ask(link, None, Outcome(last), folder)  # type: ignore[arg-type]
+        assert not claim.begins_anew(refused.value)
+
+    run(ask())
+
+
+def test_no_more_checkpoints_are_named_than_a_message_holds() -> None:
+    async def ask() -> None:
+        link: Any = Link(READY)
+        folder: Any = SimpleNamespace(steps=list(range(2000)))
+        await Claim(CONFIG, SessionKey.new()).ask(link, None, Outcome(), folder)  # type: ignore[arg-type]
+        assert link.asked == [(None, list(range(976, 2000)))]
+
+    run(ask())
+
+
+def test_going_back_that_the_link_is_lost_under_is_done_again() -> None:
+    async def lose(step: int) -> None:
+        raise ConnectionLost("gone")
+
+    async def go_back() -> None:
+        trainer = Trainer(CONFIG, SilentProgress())
+        trainer._folder = SimpleNamespace(read=lose)  # type: ignore[assignment]
+        with pytest.raises(ConnectionLost):
+            await trainer._go_back(None, None, 5)  # type: ignore[arg-type]
+        # What is here may be of both steps: the next connection has to bring it to one.
+        assert not trainer._claim.remembers
+
+    run(go_back())
+
+
+def test_one_process_goes_on_with_a_run_at_a_time(tmp_path: Path) -> None:
+    one, other = RunFolder(tmp_path, keep=2), RunFolder(tmp_path, keep=2)
+    with one.claimed(), pytest.raises(UserError, match="another edge-client"), other.claimed():
+        pass
+    with other.claimed():
+        pass
+
+
+def test_training_goes_on_only_once_there_is_a_step_to_go_back_to(tmp_path: Path) -> None:
+    async def save() -> None:
+        folder = RunFolder(tmp_path, keep=2)
+        saves = Saves(folder, 5, {}, pytest.fail)
+        answers: dict[int, asyncio.Future[Saved]] = {}
+
+        async def ask(step: int, keep: int) -> asyncio.Future[Saved]:
+            answers[step] = asyncio.get_running_loop().create_future()
+            return answers[step]
+
+        async def answered(answer: asyncio.Future[Saved]) -> Saved:
+            return await answer
+
+        async def snapshot() -> dict[str, Any]:
+            return {}
+
+        link: Any = SimpleNamespace(save=ask, answered=answered)
+        context: Any = SimpleNamespace(outcome=Outcome(0), snapshot=snapshot)
+        saving = asyncio.create_task(saves.save(context, link))
+        await asyncio.sleep(0.1)
+        assert not saving.done()
+        answers[0].set_result(Saved(0, ""))
+        await saving
+        assert folder.has_common
+        context.outcome = Outcome(5)
+        await saves.save(context, link)  # from now on, beside training
+        answers[5].cancel()
+        await saves.written()
+
+    run(save())

@@ -1,0 +1,47 @@
+"""A run's settings are read back as they were, and what was given anew is told apart from what was there."""
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from edge.config import TrainConfig
+from edge.run_folder import RunFolder, SessionKey, read_settings
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    config = TrainConfig(
+        server="127.0.0.1:1", cuts=("stem", "blocks"), compress="int8", bottleneck=tmp_path / "pair"
+    )
+    RunFolder(folder, keep=2).write_settings(config, SessionKey.new())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "compress",
+            ("int4", "grad=int8"),
+            "--compress is int8 in the run in {}, and int4 grad=int8 was given",
+        ),
+        ("cuts", ("stem", "head"), "--cut is stem blocks in the run in {}, and stem head was given"),
+        ("optimizer", "adamw", "--optimizer is left out in the run in {}, and adamw was given"),
+        ("augment", False, "--augment is True in the run in {}, and False was given"),
+    ],
+)
+def test_setting_that_differs_is_said_as_it_is_given(run: Path, name: str, value: object, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_settings(run, {name: value})
+    assert said.format(run) in str(error.value)
+
+
+def test_file_that_is_named_from_where_one_stands_is_the_same(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, _ = read_settings(run, {"bottleneck": Path("pair"), "compress": ("int8",), "server": "there:1"})
+    assert config.bottleneck == Path("pair")
+    assert config.server == "there:1"
