@@ -119,7 +119,9 @@ class Partition(nn.Module):
 
         The model that was split shares them: memory is released once it, too, is let go.
         """
-        self.to("meta")
+        first = next(self.parameters(), None)
+        if first is None or not first.is_meta:
+            self.to("meta")
 
 
 def _container(module: nn.Module, path: Sequence[str]) -> nn.Module:
