@@ -223,7 +223,7 @@ class Conversation:
     async def _perform(self, passing: Passing, action: Action) -> None:
         session, placed = self._session, passing.placed.pop(action)
         work = session.work.backward if action.backward else session.work.forward
-        results, norm_sq = await self._tenant.compute(str(action), work, passing, action, placed)
+        results, norm_sq = await session.lanes.run(COMPUTE, str(action), work, passing, action, placed)
         cut = 1 if action.backward else 2
         names = [info.name for info in session.middle.crossing(cut, gradients=action.backward)]
         encoding = session.lanes.run(

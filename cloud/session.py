@@ -6,7 +6,7 @@ but one that only lacks the client's word is kept as *pending*, for the client m
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -19,8 +19,9 @@ from cloud.passing import Passing
 from cloud.streams import Streams, check_disk
 from cloud.turns import Turns
 from cloud.work import Work
+from common.coders import Coders
 from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
-from common.snapshot import detached
+from common.snapshot import copy_of
 from common.spec import CUTS, JobSpec
 from common.trace import Tracer
 from common.traffic import Sent
@@ -60,6 +61,7 @@ class Session:
         self.middle: Middle
         self.work: Work
         self.training: Streams
+        self._coders: Coders
         self._device = device
         self._streams = LaneStreams(device)
         self._share = turns.join(self._streams.settle)
@@ -100,6 +102,7 @@ class Session:
         self.work = Work(middle, self._streams, self.spec.seed)
         self.training = self.new_streams()
         check_disk(self.spec.codecs, {c: middle.crossing(c, gradients=False) for c in CUTS}, disk_limit)
+        self._coders = Coders(self.lanes, self.training.encoders.values(), self.training.decoders.values())
         self._resources.callback(self.training.close)
 
     async def close(self) -> None:
@@ -142,25 +145,13 @@ class Session:
         end = (self.middle.commit, scale) if applied else (self.middle.drop,)
         self._concluding = asyncio.gather(
             self.lanes.run(COMPUTE, "commit" if applied else "rollback", self.work.between, *end),
-            *self._settle(applied=applied),
+            *self._coders.settle(applied=applied),
         )
         self._concluding.add_done_callback(self._concluded)
         return self._concluding
 
     def _concluded(self, concluding: asyncio.Future[Any]) -> None:
         self.broken |= concluding.cancelled() or concluding.exception() is not None
-
-    def _settle(self, *, applied: bool) -> list[asyncio.Future[None]]:
-        """End a step for training's codecs, on the lanes that use them: after what is queued there."""
-        what = "commit" if applied else "rollback"
-        return [
-            self.lanes.run(lane, what, stream.commit if applied else stream.rollback)
-            for lane, stream in self._training()
-        ]
-
-    def _training(self) -> list[tuple[str, Any]]:
-        encoders, decoders = self.training.encoders.values(), self.training.decoders.values()
-        return [*((ENCODE, stream) for stream in encoders), *((DECODE, stream) for stream in decoders)]
 
     def busy_s(self, sent: Sent) -> dict[str, float]:
         """Return the seconds that each lane has worked, and the connection was sending."""
@@ -214,14 +205,14 @@ class Session:
         """Make a step complete again that was pending when a snapshot was taken."""
         restore = self.middle.stage.restore_pending
         await self.lanes.run(COMPUTE, "restore", self.work.between, restore, stored["stage"])
-        await self._restore_streams(stored["streams"])
+        await self._coders.restore(stored["streams"])
 
     async def _undo(self) -> None:
         """Bring everything back to the last step concluded."""
         self.pending = None
         undone = self.lanes.run(COMPUTE, "rollback", self.work.between, self.middle.stage.rollback)
         try:
-            await asyncio.gather(undone, *self._settle(applied=False))
+            await asyncio.gather(undone, *self._coders.settle(applied=False))
         except BaseException:
             self.broken = True
             raise
@@ -229,8 +220,8 @@ class Session:
     def snapshot(self) -> Awaitable[State]:
         """Copy everything that the session is between two steps: now, before what is queued after this call."""
         parts = (
-            self.lanes.run(COMPUTE, "snapshot", self.work.between, _copy_of, self.middle.snapshot),
-            *self._copies_of_streams(),
+            self.lanes.run(COMPUTE, "snapshot", self.work.between, copy_of, self.middle.snapshot),
+            *self._coders.copies(),
         )
         return self._together(self.applied, parts)
 
@@ -242,19 +233,14 @@ class Session:
         """Copy everything, a pending step too, while no connection is there."""
         if self.pending is not None and self._stored is None:
             copying = self.lanes.run(
-                COMPUTE, "snapshot", self.work.between, _copy_of, self.middle.stage.pending
+                COMPUTE, "snapshot", self.work.between, copy_of, self.middle.stage.pending
             )
-            step, streams = self.pending, await asyncio.gather(*self._copies_of_streams())
+            step, streams = self.pending, await asyncio.gather(*self._coders.copies())
             self._stored = {"stage": await copying, "streams": streams}
             await self._undo()
             self.pending = step
         stored = None if self._stored is None else {"step": self.pending, **self._stored}
         return {**await self.snapshot(), "pending": stored}
-
-    def _copies_of_streams(self) -> list[asyncio.Future[Any]]:
-        return [
-            self.lanes.run(lane, "snapshot", _copy_of, stream.state_dict) for lane, stream in self._training()
-        ]
 
     async def restore(self, step: int, state: State) -> None:
         """Take a snapshot over.
@@ -266,24 +252,11 @@ class Session:
         restore = self.middle.restore
         self.broken = True  # until all of it is there
         await self.lanes.run(COMPUTE, "restore", self.work.between, restore, state["middle"])
-        await self._restore_streams(state["streams"])
+        await self._coders.restore(state["streams"])
         self.concluded, self.applied, self._stored = step, state["applied"], state["pending"]
         self.pending = None if self._stored is None else self._stored["step"]
         self.broken = False
 
-    async def _restore_streams(self, states: list[Any]) -> None:
-        await asyncio.gather(
-            *(
-                self.lanes.run(lane, "restore", stream.load_state_dict, state)
-                for (lane, stream), state in zip(self._training(), states, strict=True)
-            )
-        )
-
 
 def _nothing() -> None:
     pass
-
-
-def _copy_of(state: Callable[[], State]) -> State:
-    copy: State = detached(state())
-    return copy

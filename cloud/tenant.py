@@ -13,20 +13,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cloud.monitoring import Monitor
 from cloud.session import Session
 from common.checkpoints import CheckpointFolder
 from common.differences import check_same
 from common.errors import IsthmusError, UserError
-from common.lanes import COMPUTE
 from common.spec import JobSpec
-
-T = TypeVar("T")
 
 KEPT = 2
 """Checkpoints of a session that stay, besides the one that the client may still need."""
@@ -217,8 +213,3 @@ class Tenant:
     def resolved(self, memory_format: str) -> None:
         """Fix what was measured when the middle was built, for it has to be the same when it is built again."""
         self.spec = replace(self.spec, memory_format=memory_format)
-
-    def compute(self, name: str, work: Callable[..., T], *args: object) -> "asyncio.Future[T]":
-        """Run work on the session's compute lane."""
-        assert self.session is not None
-        return self.session.lanes.run(COMPUTE, name, work, *args)

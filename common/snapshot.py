@@ -72,6 +72,11 @@ def detached(state: Any) -> Any:
     return _mapped(state, (), lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
+def copy_of(state: Callable[[], Any]) -> Any:
+    """Ask for a state and return a copy of it; what a lane does."""
+    return detached(state())
+
+
 def _mapped(state: Any, place: tuple[object, ...], change: Callable[[Tensor], Tensor]) -> Any:
     match state:
         case Tensor():

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
+from common.coders import Coders
+from common.lanes import COMPUTE, Lanes
 from common.memory_format import FORMATS
 from common.narrowing import committed_steps
 from common.partition import Split
 from common.propagate import TensorInfo
-from common.snapshot import detached
+from common.snapshot import copy_of
 from common.stage import Stage
 from edge.job import Job
 from edge.link import Link
@@ -64,6 +65,7 @@ class Context:
         self.encoders = {1: self.encoder("cut1.act"), 2: self.encoder("cut2.grad")}
         self.decoders = {1: self.decoder("cut1.grad"), 2: self.decoder("cut2.act")}
         self.uses_ids = uses_ids(self.codecs)
+        self._coders = Coders(self.lanes, self.encoders.values(), self.decoders.values())
         self._concluding: asyncio.Future[Any] | None = None
 
     def crossing(self, cut: int, *, gradients: bool) -> list[TensorInfo]:
@@ -90,7 +92,7 @@ class Context:
         end = (self._apply, outcome.scale) if outcome.applied else (self._undo,)
         self._concluding = asyncio.gather(
             self.lanes.run(COMPUTE, "commit" if outcome.applied else "rollback", *end),
-            *self._settle(applied=outcome.applied),
+            *self._coders.settle(applied=outcome.applied),
         )
         return self._concluding
 
@@ -102,14 +104,6 @@ class Context:
         self.front.rollback()
         self.back.rollback()
 
-    def _settle(self, *, applied: bool) -> list[asyncio.Future[None]]:
-        """End a step for training's codecs, each on its lane: they keep what they have learnt, or forget it."""
-        what = "commit" if applied else "rollback"
-        return [
-            self.lanes.run(lane, what, stream.commit if applied else stream.rollback)
-            for lane, stream in self._streams()
-        ]
-
     async def rest(self) -> None:
         """Come to rest between steps, once everything that waited for the lanes has gone: undo what is under way.
 
@@ -119,16 +113,15 @@ class Context:
         if self._concluding is not None:
             await asyncio.shield(self._concluding)
         # The lanes work in order: these come behind whatever is left on them.
-        await asyncio.gather(self.lanes.run(COMPUTE, "rollback", self._undo), *self._settle(applied=False))
+        await asyncio.gather(
+            self.lanes.run(COMPUTE, "rollback", self._undo), *self._coders.settle(applied=False)
+        )
 
     def snapshot(self) -> Awaitable[dict[str, Any]]:
         """Copy everything that training changes: now, before what is queued after this call. Call between steps."""
         parts = (
-            self.lanes.run(COMPUTE, "snapshot", _copy_of, self._stages),
-            *(
-                self.lanes.run(lane, "snapshot", _copy_of, stream.state_dict)
-                for lane, stream in self._streams()
-            ),
+            self.lanes.run(COMPUTE, "snapshot", copy_of, self._stages),
+            *self._coders.copies(),
         )
         return _together(self.committed, parts)
 
@@ -146,27 +139,17 @@ class Context:
         stages = state["stages"]
         await self.lanes.run(COMPUTE, "restore", self.front.restore, stages["front"])
         await self.lanes.run(COMPUTE, "restore", self.back.restore, stages["back"])
-        for (lane, stream), kept in zip(self._streams(), state["streams"], strict=True):
-            await self.lanes.run(lane, "restore", stream.load_state_dict, kept)
+        await self._coders.restore(state["streams"])
         self.committed, self.outcome = state["committed"], Outcome(step)
 
     def close(self) -> None:
         """End the lanes, and give up what codecs keep on disk."""
         self.lanes.close()
-        for _, stream in self._streams():
-            stream.close()
-
-    def _streams(self) -> list[tuple[str, StreamEncoder | StreamDecoder]]:
-        encoders, decoders = self.encoders.values(), self.decoders.values()
-        return [*((ENCODE, stream) for stream in encoders), *((DECODE, stream) for stream in decoders)]
+        self._coders.close()
 
     def decoder(self, stream: str) -> StreamDecoder:
         """Make a decoder with fresh state for a stream of `common.spec.STREAMS`."""
         return StreamDecoder(self.codecs[stream], gradient=stream.endswith("grad"), max_bytes=self.max_bytes)
-
-
-def _copy_of(state: Callable[[], Any]) -> Any:
-    return detached(state())
 
 
 async def _together(committed: int, parts: Sequence[Awaitable[Any]]) -> dict[str, Any]:
