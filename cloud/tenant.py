@@ -10,7 +10,6 @@ A session in memory is at work or at rest; parked, only the folder is left of it
 
 import asyncio
 import json
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -21,6 +20,7 @@ from cloud.monitoring import Monitor
 from cloud.session import Session
 from common.checkpoints import CheckpointFolder
 from common.differences import check_same
+from common.disk import write_private
 from common.errors import IsthmusError, UserError
 from common.spec import JobSpec
 
@@ -98,14 +98,8 @@ class Tenant:
         if self._folder is None:
             return
         description = {"secret": self.secret.hex(), "spec": self.spec.to_map()}
-        path = self._folder / _DESCRIPTION
-        temporary = path.with_suffix(".tmp")
         try:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(description, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_private(self._folder / _DESCRIPTION, json.dumps(description))
         except OSError as error:
             raise IsthmusError(
                 f"the server cannot keep the session on its disk: {error.strerror or error}"

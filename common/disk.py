@@ -58,3 +58,17 @@ class Disk:
     def remove(self, path: Path) -> None:
         """Remove a file."""
         path.unlink()
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a small file for its owner alone, in the place of one that is there.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
+    temporary = path.with_suffix(".tmp")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import CheckpointFolder
+from common.disk import write_private
 from common.errors import CheckpointFailed, UserError
 from edge.config import TrainConfig
 
@@ -126,13 +127,8 @@ class RunFolder:
         }
         self._there = set()  # it is a new session
         path = self.path / _SETTINGS
-        temporary = path.with_suffix(".tmp")
         try:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(described, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_private(path, json.dumps(described, indent=1))
         except OSError as error:
             raise CheckpointFailed(f"{path} cannot be written: {error.strerror or error}") from error
 
