@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-import dropout_model  # noqa: F401  (registers its model)
 from cloud.device import Device
 from cloud.monitoring import Monitor
 from cloud.register import Limits, Refused, Register
@@ -21,30 +20,19 @@ from cloud.service import Service
 from cloud.session import Session
 from cloud.tenant import Tenant
 from common.errors import CheckpointFailed, IsthmusError
-from edge.config import TrainConfig
 from edge.job import prepare
 from tests.cloud.fake_client import Client, Receipt
+from tests.tiny_job import TINY_JOB
 from wire.errors import StorageFailed, WireError
 from wire.messages import Begin, Bye, Forward, Message, Ready, Save, Saved
 from wire.streams import StreamEncoder, chunk_message, facts_of
 
-CONFIG = TrainConfig(
-    server="nowhere:1",
-    model="dropout_net",
-    cuts=("stem", "blocks"),
-    image_size=16,
-    batch_size=8,
-    chunks=2,
-    train_limit=16,
-    test_limit=8,
-    memory_format="contiguous",
-)
 LIMITS = Limits(sessions=2, memory_bytes=1 << 34, disk_bytes=1 << 34, park_s=600.0, forget_s=3600.0)
 
 
 @pytest.fixture(scope="module")
 def spec() -> Any:
-    return prepare(CONFIG).spec
+    return prepare(TINY_JOB).spec
 
 
 class Serving:

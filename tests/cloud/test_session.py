@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dropout_model  # noqa: F401  (registers its model)
 from cloud.device import Device
 from cloud.monitoring import Monitor
 from cloud.passing import Passing
@@ -18,24 +18,12 @@ from cloud.tenant import Tenant
 from cloud.turns import Turns
 from common.driver import Driver
 from common.schedule import Action, cloud_schedule
-from edge.config import TrainConfig
 from edge.job import prepare
+from tests.tiny_job import TINY_JOB
 from wire.codecs.base import Facts
 from wire.messages import Backward, Forward
 from wire.streams import IDS, StreamEncoder, chunk_message, facts_of
 
-CONFIG = TrainConfig(
-    server="nowhere:1",
-    model="dropout_net",
-    cuts=("stem", "blocks"),
-    image_size=16,
-    batch_size=8,
-    chunks=2,
-    train_limit=16,
-    test_limit=8,
-    memory_format="contiguous",
-    optimizer="adamw",
-)
 CHAINS = ["none", "lowrank:2+int8", "topk:0.2,feedback", "delta+int4"]
 
 
@@ -116,8 +104,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 def spec_of(chain: str) -> Any:
-    config = TrainConfig(**{**vars(CONFIG), "compress": (chain,), "augment": False})
-    return prepare(config).spec
+    return prepare(replace(TINY_JOB, optimizer="adamw", compress=(chain,), augment=False)).spec
 
 
 @pytest.mark.parametrize("applied", [True, False])

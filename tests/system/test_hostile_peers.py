@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-import dropout_model  # noqa: F401  (registers its model here too)
 from common.seeding import derive_seed
-from edge.config import TrainConfig
 from edge.job import Job, prepare
 from tests.system.peer import HELLO, Hung, Peer
 from tests.system.processes import Command, assert_serves, serving
+from tests.tiny_job import TINY_JOB
 from wire.frames import encode_frame_head
 from wire.messages import (
     Abort,
@@ -52,19 +51,7 @@ def server() -> Iterator[tuple[Command, str]]:
 @pytest.fixture(scope="module")
 def job() -> Job:
     """A job of two chunks of four samples a step."""
-    return prepare(
-        TrainConfig(
-            server="nowhere:1",
-            model="dropout_net",
-            cuts=("stem", "blocks"),
-            image_size=16,
-            batch_size=8,
-            chunks=2,
-            train_limit=16,
-            test_limit=4,
-            memory_format="contiguous",
-        )
-    )
+    return prepare(replace(TINY_JOB, test_limit=4))
 
 
 @pytest.fixture

@@ -15,25 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dropout_model  # noqa: F401  (registers its model here too)
-from edge.config import TrainConfig
 from edge.job import prepare
 from tests.system.peer import Peer
 from tests.system.processes import TINY, Command, Ended, run, running, serving, train
+from tests.tiny_job import TINY_JOB
 from wire.auth import RESUME, prove
 from wire.messages import Bye, Error, Open, Ready, Resume
 
 LIBRARY = ("--import", "dropout_model")
-JOB = TrainConfig(
-    server="127.0.0.1:1",
-    model="dropout_net",
-    cuts=("stem", "blocks"),
-    image_size=16,
-    batch_size=8,
-    chunks=2,
-    train_limit=16,
-    test_limit=8,
-)
 SESSION, SECRET = bytes(range(16)), bytes(range(32))
 
 
@@ -241,7 +230,7 @@ def test_idle_session_leaves_memory_and_is_brought_back(
 
 
 def job_map() -> dict[str, Any]:
-    return prepare(JOB).spec.to_map()
+    return prepare(TINY_JOB).spec.to_map()
 
 
 def greeted(address: str) -> Peer:
