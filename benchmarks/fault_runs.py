@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -178,35 +178,34 @@ class Exchange:
 
     Attributes:
         kind: of the message.
-        after_a_cut: it comes only once a connection was lost, and so a commit is cut before it each time.
+        after: it comes only once connections were lost, right behind such frames; they are cut before it each time.
     """
 
     kind: str
-    after_a_cut: bool
+    after: tuple[str, ...] = ()
 
     def cuts(self, offsets: Sequence[int]) -> list[FrameCut]:
         """Cuts at these bytes, with an undisturbed exchange between two of them."""
-        if not self.after_a_cut:
-            return [FrameCut(self.kind, after, skip=1) for after in offsets]
-        whole = 1 << 30
-        return [
-            cut
-            for after in offsets
-            for cut in (FrameCut("commit", whole, skip=1), FrameCut(self.kind, after))
-        ]
+        cuts: list[FrameCut] = []
+        for offset in offsets:
+            first, *others = [*(FrameCut(kind, WHOLE) for kind in self.after), FrameCut(self.kind, offset)]
+            cuts += [replace(first, skip=1), *others]
+        return cuts
 
 
+WHOLE = 1 << 30
 EXCHANGES = (
-    Exchange("commit", after_a_cut=False),
-    Exchange("committed", after_a_cut=False),
-    Exchange("resume", after_a_cut=True),
-    Exchange("ready", after_a_cut=True),
+    Exchange("commit"),
+    Exchange("committed"),
+    Exchange("rejoin", after=("commit",)),
+    Exchange("ready", after=("commit",)),
+    Exchange("resume", after=("commit", "rejoin")),  # a ticket is good for once
 )
 
 
 def head_sizes(address: str, job: Job) -> dict[str, int]:
-    """Bytes of the frames of `EXCHANGES`, the longest of each, in a run in which a connection was lost."""
-    watch = CutFrames([FrameCut("commit", 1 << 30, skip=2)])
+    """Bytes of the frames of `EXCHANGES`, the longest of each, in a run in which connections were lost."""
+    watch = CutFrames([FrameCut("commit", WHOLE, skip=2), FrameCut("rejoin", WHOLE)])
     with FaultyProxy(address, watch) as proxy:
         ended = train_to_end(proxy.address, job, 6, 0)
     assert ended.status == 0, ended.err

@@ -4,7 +4,7 @@
 
 =======  ============================================================================================================
 cuts     random cuts, stalls, delays, truncations and duplicates in every training: final weights bitwise
-commit   a cut at every byte of ``commit``, ``committed``, ``resume`` and ``ready``: final weights bitwise
+commit   a cut at every byte of ``commit``, ``committed``, ``rejoin``, ``ready`` and ``resume``: final weights bitwise
 kills    SIGKILL of client, server or both, again and again in one training: final weights bitwise
 crowd    many clients at once, some of them hostile: the honest ones all finish, with the quiet run's weights
 fuzz     random bytes and mutated frames: the server answers the next client, stays small and logs no traceback

@@ -58,7 +58,7 @@ def isthmus_receiver(pipe: Pipe) -> None:
 
     async def session(connection: Connection) -> None:
         await connection.receive()
-        await connection.send(Ready(0, False, False, "cpu", "contiguous", {}))
+        await connection.send(Ready(0, False, False, "cpu", "contiguous", bytes(32), None, {}))
         loop = asyncio.get_running_loop()
         while (job := await loop.run_in_executor(None, pipe.recv)) is not None:
             for _ in range(job[1]):

@@ -39,6 +39,7 @@ _REASONS = {
     "busy": "capacity",
     "draining": "draining",
     "unknown_session": "other",
+    "stale_ticket": "other",
     "no_common_step": "other",
     "session_exists": "authentication",
     "wrong_secret": "authentication",
@@ -131,7 +132,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         )
         wire = config.security.apply(wire)
         try:
-            server = await serve(config.host, config.port, on_connection, wire, refused)
+            server = await serve(config.host, config.port, on_connection, wire, refused, service.redeem)
         except ConnectFailed as error:
             raise UserError(f"cannot listen on {config.host}:{config.port}: {error.reason}") from error
         sweeping = asyncio.create_task(register.sweep())

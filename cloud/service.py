@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import secrets
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,9 +16,9 @@ from cloud.session import Session
 from cloud.tenant import Tenant
 from cloud.turns import Turns
 from common.spec import JobSpec
-from wire.auth import RESUME, is_proof
+from wire.auth import REJOINED, RESUME, is_proof, prove
 from wire.errors import RemoteProtocolError
-from wire.messages import Open, Ready, Resume
+from wire.messages import Open, Ready, Rejoin, Resume
 from wire.transport import Connection
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class Service:
                 tenant, ready = await self._open(message)
             case Resume():
                 tenant, ready = await self._resume(message, connection)
+            case Rejoin():
+                tenant, ready = await self._rejoin(message)
             case _:
                 raise RemoteProtocolError(f"expected open or resume, got {message.kind}")
         conversation = Conversation(connection, tenant, self._register.monitor)
@@ -116,23 +120,44 @@ class Service:
         return tenant, self._ready(tenant)
 
     async def _resume(self, message: Resume, connection: Connection) -> tuple[Tenant, Ready]:
-        tenant = await self._claim(message, connection)
+        assert connection.welcome is not None
+        tenant = await self._claim(message, connection.welcome.nonce)
+        await self._take_up(tenant, message, message.saved)
+        return tenant, self._ready(tenant)
+
+    async def _rejoin(self, message: Rejoin) -> tuple[Tenant, Ready]:
+        """Go on where the client does, who has not waited to hear of it: so there is nothing to choose."""
+        try:
+            tenant = await self._claim(message)
+            await self._take_up(tenant, message, ())
+        except Refused as refused:
+            if refused.code in ("unknown_session", "no_common_step"):
+                raise Refused("stale_ticket", str(refused)) from None
+            raise
+        mac = prove(tenant.secret, REJOINED, message.nonce, message.mac)
+        return tenant, self._ready(tenant, mac)
+
+    def redeem(self, message: Rejoin) -> bool:
+        """Take a client's ticket; whether it may rejoin."""
+        tenant = self._register.tenants.get(message.session)
+        return tenant is not None and tenant.redeem(message)
+
+    async def _take_up(self, tenant: Tenant, message: Resume | Rejoin, saved: Sequence[int]) -> None:
+        """Bring a session to where both go on; its lock is held, and released where that fails."""
         try:
             await self._dismiss_visitor(tenant)
-            await self._meet(tenant, message)
+            await self._meet(tenant, message, saved)
         except BaseException:
             tenant.lock.release()
             raise
-        return tenant, self._ready(tenant)
 
-    async def _claim(self, message: Resume, connection: Connection) -> Tenant:
-        """Find a session for its owner, and take its lock."""
-        assert connection.welcome is not None
+    async def _claim(self, message: Resume | Rejoin, nonce: bytes | None = None) -> Tenant:
+        """Find a session for its owner, who has proved that it is his or does so by this nonce, and take its lock."""
         while True:
             tenant = self._register.find(message.session)
             if tenant is None:
                 raise Refused("unknown_session", _UNKNOWN)
-            if not is_proof(message.mac, tenant.secret, RESUME, connection.welcome.nonce, tenant.key):
+            if nonce is not None and not is_proof(message.mac, tenant.secret, RESUME, nonce, tenant.key):
                 raise Refused("wrong_secret", "the secret is not this session's")
             if self.draining:
                 raise Refused("draining", "the server is shutting down; come back later")
@@ -148,7 +173,7 @@ class Service:
             visit.connection.abort()
             await visit.gone.wait()
 
-    async def _meet(self, tenant: Tenant, message: Resume) -> None:
+    async def _meet(self, tenant: Tenant, message: Resume | Rejoin, theirs: Sequence[int]) -> None:
         """Bring a session to where both ends can go on."""
         await tenant.saved()  # what is still being written counts
         if tenant.session is not None and tenant.session.broken:
@@ -165,19 +190,17 @@ class Service:
         assert session is not None
         meeting = meet(
             message.step,
-            message.saved,
+            theirs,
             applied=message.applied,
             concluded=session.concluded,
             pending=session.pending,
             saved=saved,
         )
         if meeting is None:
-            theirs, ours = (
-                ", ".join(map(str, sorted(steps)[-5:])) or "none" for steps in (message.saved, saved)
-            )
+            has, have = (", ".join(map(str, sorted(steps)[-5:])) or "none" for steps in (theirs, saved))
             raise Refused(
                 "no_common_step",
-                f"client and server have no checkpoint of the same step: the client has {theirs}, the server {ours}",
+                f"client and server have no checkpoint of the same step: the client has {has}, the server {have}",
             )
         if meeting.stored:
             assert tenant.checkpoints is not None
@@ -186,15 +209,18 @@ class Service:
         self._register.monitor.resumed("checkpoint" if was_stored or meeting.stored else "memory")
         await session.meet(meeting.step, applied=message.applied, scale=message.scale)
 
-    def _ready(self, tenant: Tenant) -> Ready:
+    def _ready(self, tenant: Tenant, mac: bytes | None = None) -> Ready:
         session = tenant.session
         assert session is not None
+        tenant.ticket = secrets.token_bytes(32)
         return Ready(
             step=session.concluded,
             need_weights=session.middle.needs_weights,
             saves=tenant.checkpoints is not None,
             device=self._device.name,
             memory_format=session.middle.memory_format,
+            ticket=tenant.ticket,
+            mac=mac,
             detail={"torch": torch.__version__},
         )
 

@@ -23,6 +23,8 @@ from common.differences import check_same
 from common.disk import write_private
 from common.errors import IsthmusError, UserError
 from common.spec import JobSpec
+from wire.auth import REJOIN, is_proof
+from wire.messages import Rejoin
 
 KEPT = 2
 """Checkpoints of a session that stay, besides the one that the client may still need."""
@@ -48,6 +50,7 @@ class Tenant:
         memory_bytes: what it takes there.
         asked_to_save: the client has checkpoints of this session of its own.
         touched_s: when the client was last heard of, by `time.monotonic`.
+        ticket: with which the client may rejoin, once.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Tenant:
         self.asked_to_save = self.in_memory = False
         self.memory_bytes = 0
         self.touched_s = time.monotonic()
+        self.ticket: bytes | None = None
         self._folder = folder
         self._monitor = monitor
         self._writing = asyncio.Lock()
@@ -88,6 +92,16 @@ class Tenant:
     def touch(self) -> None:
         """Take note that the client has been heard of."""
         self.touched_s = time.monotonic()
+
+    def redeem(self, message: Rejoin) -> bool:
+        """Take the ticket, where the client proves that it has it and that the session is its own."""
+        ticket = self.ticket
+        if ticket is None or not is_proof(
+            message.mac, self.secret, REJOIN, ticket, message.nonce, message.session
+        ):
+            return False
+        self.ticket = None
+        return True
 
     def describe(self) -> None:
         """Write down what was asked for.

@@ -1,12 +1,21 @@
-"""A run's session on the server: asked for on every connection, until it has been had to its end."""
+"""A run's session on the server: asked for on every connection, until it has been had to its end.
+
+Every answer brings a ticket. With that the next connection need not ask, and wait: it says where this side goes on,
+and goes on.
+"""
+
+import secrets
 
 from common.spec import JobSpec
 from edge.config import TrainConfig
 from edge.link import Link
 from edge.outcome import Outcome
 from edge.run_folder import RunFolder, SessionKey
-from wire.errors import PeerError, WireError
-from wire.messages import Ready
+from wire.auth import REJOIN, REJOINED, is_proof, prove
+from wire.config import DEFAULT_LIMITS
+from wire.errors import AuthenticationFailed, PeerError, RemoteProtocolError, WireError
+from wire.messages import Ready, Rejoin, Welcome
+from wire.transport import ComingBack
 
 _MOST_NAMED = 1024
 """Checkpoints that a resume message may name."""
@@ -28,6 +37,8 @@ class Claim:
         self._key = key
         self._is_written = key is not None
         self._is_begun = True
+        self._ticket: tuple[bytes, Welcome] | None = None
+        self._coming_back: Rejoin | None = None
         self.remembers = key is None
 
     async def ask(self, link: Link, spec: JobSpec, last: Outcome, folder: RunFolder | None) -> Ready:
@@ -54,7 +65,51 @@ class Claim:
         if folder is not None and ready.saves and not self._is_written:
             folder.write_settings(self._config, self._key)
             self._is_written = True
+        if link.connection.welcome is not None:
+            self._ticket = ready.ticket, link.connection.welcome
         return ready
+
+    def come_back(self, last: Outcome) -> ComingBack | None:
+        """Return what the next connection begins with; None where it has to ask.
+
+        Args:
+            last: of the last step concluded here.
+        """
+        if self._key is None or self._ticket is None or last.step == 0 or not self.remembers:
+            return None
+        (ticket, welcome), self._ticket = self._ticket, None
+        nonce = secrets.token_bytes(32)
+        self._coming_back = Rejoin(
+            version=welcome.version,
+            max_header=DEFAULT_LIMITS.max_header,
+            max_payload=DEFAULT_LIMITS.max_payload,
+            session=self._key.session,
+            nonce=nonce,
+            mac=prove(self._key.secret, REJOIN, ticket, nonce, self._key.session),
+            step=last.step,
+            applied=last.applied,
+            scale=last.scale,
+        )
+        return self._coming_back, welcome
+
+    def came_back(self, ready: Ready, link: Link) -> None:
+        """Take the answer to what `come_back` returned.
+
+        Raises:
+            AuthenticationFailed: the server cannot have had this session.
+            RemoteProtocolError: it goes on somewhere else.
+        """
+        asked, welcome = self._coming_back, link.connection.welcome
+        assert asked is not None
+        assert welcome is not None
+        assert self._key is not None
+        if ready.mac is None or not is_proof(ready.mac, self._key.secret, REJOINED, asked.nonce, asked.mac):
+            raise AuthenticationFailed("the server does not know the session, so it is not the one it seems")
+        if ready.step != asked.step or ready.need_weights:
+            raise RemoteProtocolError(
+                f"the server goes on after step {ready.step}, this side after {asked.step}"
+            )
+        self._ticket = ready.ticket, welcome
 
     def begins_anew(self, error: WireError) -> bool:
         """Whether a connection failed because the server lacks the session, and nothing is lost by opening another.

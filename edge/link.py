@@ -33,24 +33,34 @@ from wire.messages import (
     Saved,
     Weights,
 )
-from wire.transport import Connection, SendReceipt, connect
+from wire.transport import ComingBack, Connection, SendReceipt, connect
 from wire.weights import WeightsReceiver, weights_messages
 
 T = TypeVar("T")
 OnTensors = Callable[[Forward | Backward], None]
 OnCommitted = Callable[[Committed], None]
+OnReady = Callable[[Ready], None]
 
 
 class Link:
-    """An open connection with a job on it. Made by `open_link`."""
+    """An open connection with a job on it. Made by `open_link`.
 
-    def __init__(self, connection: Connection, tracer: Tracer, tasks: asyncio.TaskGroup) -> None:
-        self.connection = connection
+    Attributes:
+        connection: what it is made of.
+        is_back: it goes on with the job of an earlier connection; `on_ready` is told that the server does, too.
+        sent: how long sending took.
+    """
+
+    def __init__(
+        self, connection: Connection, tracer: Tracer, tasks: asyncio.TaskGroup, *, is_back: bool = False
+    ) -> None:
+        self.connection, self.is_back = connection, is_back
         self.sent = Sent()
         self._tracer = tracer
         self._tasks = tasks
         self.on_tensors: OnTensors | None = None
         self.on_committed: OnCommitted | None = None
+        self.on_ready: OnReady | None = None
         self._committing: asyncio.Future[None] | None = None
         self._committing_step = self._aborted_step = -1
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -201,6 +211,8 @@ class Link:
             case Saved() if message.step in self._saving:
                 self._saving.pop(message.step).set_result(message)
             case Ready() if not self._ready.done():
+                if self.on_ready is not None:
+                    self.on_ready(message)
                 self._ready.set_result(message)
             case Weights() if self._fetching is not None and self._fetched is not None:
                 state = self._fetching.take(message)
@@ -215,18 +227,29 @@ class Link:
 
 @asynccontextmanager
 async def open_link(
-    host: str, port: int, tracer: Tracer, wire: WireConfig | None = None
+    host: str,
+    port: int,
+    tracer: Tracer,
+    wire: WireConfig | None = None,
+    coming_back: ComingBack | None = None,
 ) -> AsyncIterator[Link]:
     """Connect, and receive in the background while the block runs; close cleanly after it.
+
+    Args:
+        host: where the server is.
+        port: where it listens.
+        tracer: of what is sent.
+        wire: settings of the connection.
+        coming_back: what is said instead of asking for a job; the link's `on_ready` takes the answer.
 
     Raises:
         ConnectFailed: nobody there, or not an Isthmus server.
         WireError: the link failed while the block ran; the block is cancelled.
     """
-    connection = await connect(host, port, wire)
+    connection = await connect(host, port, wire, coming_back)
     try:
         async with asyncio.TaskGroup() as tasks:
-            link = Link(connection, tracer, tasks)
+            link = Link(connection, tracer, tasks, is_back=coming_back is not None)
             link.start_receiving()
             yield link
             link.stop_receiving()

@@ -22,6 +22,7 @@ MOST_ODD = 3
 """Failures in a row that no lost connection explains, with no step made between them."""
 
 _PASSING = {"busy", "draining"}
+_STALE = "stale_ticket"  # the next connection asks, as if there had never been a ticket
 # What a stream that was damaged on its way looks like to either end.
 _ODD = {"protocol_error", "bad_frame", "bad_header", "corrupt_payload", "limit_exceeded", "internal_error"}
 
@@ -32,7 +33,7 @@ def may_pass(error: WireError) -> bool:
         case VersionMismatch() | LocalProtocolError() | StorageFailed():
             return False
         case PeerError():
-            return error.code in _PASSING or error.code in _ODD
+            return error.code in (*_PASSING, *_ODD, _STALE)
         case RemoteProtocolError():
             return error.code in _ODD
         case _:
@@ -48,7 +49,7 @@ def is_odd(error: WireError) -> bool:
     """Whether it looks like a damaged stream, or like a defect, rather than like a lost connection."""
     if isinstance(error, ConnectFailed):
         return error.final
-    return isinstance(error, PeerError | RemoteProtocolError) and not is_turned_away(error)
+    return isinstance(error, PeerError | RemoteProtocolError) and error.code not in (*_PASSING, _STALE)
 
 
 class Patience:

@@ -13,6 +13,7 @@ from edge.progress import Progress
 from edge.reconnect import Patience, is_turned_away, may_pass
 from edge.security import wire_config
 from wire.errors import ConnectionLost, WireError
+from wire.transport import ComingBack
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ class Supervisor:
         progress: is told when the link is lost and back.
         tracer: of what is sent.
         lost: is called with a connection that is lost, and comes to rest; None where none could be made.
+        come_back: returns what a connection begins with that need not ask for the session; None where it has to.
         begins_anew: says whether a failure is that of a session which the run can do without.
         where: says how far the run has come, as in "after step 3 of 10".
 
@@ -39,6 +41,7 @@ class Supervisor:
         tracer: Tracer,
         *,
         lost: Callable[[Link | None], Awaitable[None]],
+        come_back: Callable[[], ComingBack | None],
         begins_anew: Callable[[WireError], bool],
         where: Callable[[], str],
     ) -> None:
@@ -47,6 +50,7 @@ class Supervisor:
         self._progress = progress
         self._tracer = tracer
         self._lost = lost
+        self._come_back = come_back
         self._begins_anew = begins_anew
         self._where = where
         self._patience = Patience(config.give_up_after)
@@ -72,7 +76,8 @@ class Supervisor:
         while True:
             link: Link | None = None
             try:
-                async with open_link(*self._address, self._tracer, self._wire) as link:
+                back = self._come_back()
+                async with open_link(*self._address, self._tracer, self._wire, back) as link:
                     self._was_connected = True
                     return await use(link)
             except WireError as error:

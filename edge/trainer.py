@@ -58,6 +58,7 @@ class Trainer:
             progress,
             self._tracer,
             lost=self._lost,
+            come_back=lambda: self._claim.come_back(self._last),
             begins_anew=lambda error: self._claim.begins_anew(error),
             where=lambda: self._where,
         )
@@ -80,10 +81,11 @@ class Trainer:
     @property
     def steps(self) -> int:
         """Steps made so far, by earlier processes too."""
-        if self._context is None:
-            return 0
-        outcome = self._context.outcome
-        return outcome.step - bool(outcome.reason)  # a step that ended training was not made
+        return self._last.step - bool(self._last.reason)  # a step that ended training was not made
+
+    @property
+    def _last(self) -> Outcome:
+        return Outcome() if self._context is None else self._context.outcome
 
     @property
     def total_steps(self) -> int:
@@ -133,11 +135,13 @@ class Trainer:
     async def _take_up(self, link: Link, resources: ExitStack) -> None:
         """Ask for the job, or for the session of before, and go to the step that both sides go on from."""
         self._records.connected(link)
+        if self._context is not None and link.is_back:
+            self._context.link, link.on_ready = link, self._came_back
+            return  # at once: the server's answer changes nothing
         if self._job is None:
             self._job = await self._lanes.run(COMPUTE, "prepare", prepare, self._config)
         job = self._job
-        last = Outcome() if self._context is None else self._context.outcome
-        ready = await self._claim.ask(link, job.spec, last, self._folder)
+        ready = await self._claim.ask(link, job.spec, self._last, self._folder)
         if self._folder is not None and not ready.saves:
             raise UserError(
                 "the server keeps no checkpoints: start cloud-server with --state-dir, or leave out --checkpoint"
@@ -150,6 +154,11 @@ class Trainer:
         self._context.link = link
         if ready.step != self._context.outcome.step or not self._claim.remembers:
             await self._go_back(job, self._context, ready.step)
+        self._supervisor.taken_up()
+
+    def _came_back(self, ready: Ready) -> None:
+        assert self._context is not None
+        self._claim.came_back(ready, self._context.link)
         self._supervisor.taken_up()
 
     def _set_up(self, job: Job, context: Context, ready: Ready, resources: ExitStack) -> None:
@@ -245,9 +254,8 @@ class Trainer:
 
     def _report(self) -> None:
         """Report the last step, unless it was, and whatever came of the connection meanwhile."""
-        assert self._context is not None
-        if self._context.outcome.step > self._records.reported:
-            self._records.concluded(self._context.outcome, self._batch)
+        if self._last.step > self._records.reported:
+            self._records.concluded(self._last, self._batch)
             self._supervisor.progressed()
             if self._job is not None:
                 self._job.parts.middle.free()  # the server has its weights: it has made a step with them

@@ -5,6 +5,8 @@ Each proof says what it is for, so that none can be taken for another::
     client, of the token    server's challenge nonce, client's nonce
     server, of the token    client's nonce, server's challenge nonce
     client, of a session    server's welcome nonce, session id
+    client, of a session    server's ticket, client's nonce, session id
+    server, of a session    client's nonce, that proof of the client's
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-__all__ = ["CLIENT_TOKEN", "RESUME", "SERVER_TOKEN", "is_proof", "prove"]
+__all__ = ["CLIENT_TOKEN", "REJOIN", "REJOINED", "RESUME", "SERVER_TOKEN", "is_proof", "prove"]
 
 CLIENT_TOKEN = b"isthmus client token"
 SERVER_TOKEN = b"isthmus server token"
 RESUME = b"isthmus resume"
+REJOIN = b"isthmus rejoin"
+REJOINED = b"isthmus rejoined"
 
 
 def prove(secret: bytes, what: bytes, *nonces: bytes) -> bytes:

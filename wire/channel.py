@@ -38,7 +38,7 @@ class Channel:
         config: settings.
         new_waiter: makes something to wait on.
         call_later: calls a function after so many seconds.
-        opened: is woken when both ends have said hello, or the connection has failed.
+        opened: is woken when the connection is established, or has failed.
         lost: is woken when the stream has ended.
 
     Attributes:
@@ -159,8 +159,8 @@ class Channel:
         self._after(self._config.handshake_s, self._handshake_expired)
 
     def greet(self) -> None:
-        """Say hello, where this end is the one that begins."""
-        self._send_replies()
+        """Say hello or rejoin, where this end is the one that begins."""
+        self.received(0)
 
     def received(self, nbytes: int) -> None:
         """Bytes came into `protocol.next_buffer`."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_LIMITS", "PROTOCOL_VERSIONS", "WireConfig"]
 
-PROTOCOL_VERSIONS = (2,)
+PROTOCOL_VERSIONS = (3,)
 """Protocol versions that this program speaks, the preferred one first."""
 
 

@@ -12,6 +12,7 @@
     │   ├── AuthenticationFailed  one end cannot prove that it knows the other's token
     │   ├── TokenMissing        one end wants a token and the other has none
     │   ├── TooManyAttempts     too many wrong tokens came from the peer's address
+    │   ├── StaleTicket         a rejoin is not possible; a new greeting may be
     │   └── CorruptPayload      the payload does not fit its description
     ├── PeerError               the peer sent an `error` message
     ├── ConnectionLost          the connection ended
@@ -142,6 +143,12 @@ class TooManyAttempts(RemoteProtocolError):
     def __init__(self, wait_s: float) -> None:
         self.wait_s = wait_s
         super().__init__(f"too many wrong tokens came from this address; try again in {math.ceil(wait_s)} s")
+
+
+class StaleTicket(RemoteProtocolError):
+    """A client cannot rejoin its session with this ticket, but may greet and resume."""
+
+    code = "stale_ticket"
 
 
 class CorruptPayload(RemoteProtocolError):

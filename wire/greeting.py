@@ -3,20 +3,25 @@
 Without a token it is hello, welcome. With one it is hello, challenge, proof, welcome: first the client proves that it
 knows the token and then, in the welcome, the server does. The token does not cross, and what does is of no use
 to whoever listens: a proof is over nonces that the end which checks it has chosen.
+
+A client that comes back with a ticket of the server's says rejoin instead of all that, and goes on at once.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from wire.auth import CLIENT_TOKEN, SERVER_TOKEN, is_proof, prove
 from wire.config import WireConfig
-from wire.errors import AuthenticationFailed, TokenMissing, VersionMismatch
-from wire.messages import Challenge, Hello, Message, Proof, Welcome
+from wire.errors import AuthenticationFailed, StaleTicket, TokenMissing, VersionMismatch
+from wire.messages import Challenge, Hello, Message, Proof, Rejoin, Welcome
 
-__all__ = ["Door", "Greeting"]
+__all__ = ["Door", "Greeting", "Redeem"]
+
+Redeem = Callable[[Rejoin], bool]
+"""Takes a ticket, which is of no use afterwards; says whether it was good, and the proof that came with it right."""
 
 _NONCE_SIZE = 32
 
@@ -47,10 +52,12 @@ class Greeting:
 
     Attributes:
         door: of the server's: limits how often the peer may try.
+        redeem: of the server's: takes tickets.
     """
 
     def __init__(self, config: WireConfig) -> None:
         self.door: Door = _OpenDoor()
+        self.redeem: Redeem = lambda _: False
         self._config = config
         self._version = 0
         self._ours = secrets.token_bytes(_NONCE_SIZE)
@@ -60,6 +67,11 @@ class Greeting:
         """Return the client's first message."""
         limits = self._config.limits
         return Hello(self._config.versions, self._config.software, limits.max_header, limits.max_payload)
+
+    def check(self, message: Rejoin) -> None:
+        """Let a client in that comes back, or raise `StaleTicket`."""
+        if message.version not in self._config.versions or not self.redeem(message):
+            raise StaleTicket("there is nothing to rejoin with this ticket; greet, and resume")
 
     def answer(self, message: Hello | Challenge | Proof | Welcome) -> list[Message]:
         """Return what has to be sent in answer to a message of the peer's.

@@ -20,134 +20,54 @@ from wire.fields import (
     Code,
     Count,
     Descs,
-    Digest,
     Flag,
-    HeaderLimit,
     Name,
     Names,
     Nanoseconds,
-    Nonce,
-    OptionalDigest,
     OptionalNumber,
-    OptionalStep,
     Plain,
     Rule,
-    Seconds,
     Sentence,
-    SessionId,
-    Size,
     Step,
-    Steps,
-    Versions,
     rules_of,
 )
+from wire.message import Message
+from wire.opening import Challenge, Hello, Open, Proof, Ready, Rejoin, Resume, Welcome
+
+__all__ = [
+    "MESSAGE_TYPES",
+    "RULES",
+    "Abort",
+    "Backward",
+    "Begin",
+    "Buffer",
+    "Bye",
+    "Challenge",
+    "Commit",
+    "Committed",
+    "Error",
+    "Fetch",
+    "Forward",
+    "Hello",
+    "Message",
+    "Open",
+    "Payload",
+    "Ping",
+    "Pong",
+    "Proof",
+    "Ready",
+    "Rejoin",
+    "Resume",
+    "Save",
+    "Saved",
+    "Weights",
+    "Welcome",
+]
 
 Buffer = bytes | bytearray | memoryview | Any
 """Anything with the buffer protocol: bytes, memoryviews, numpy arrays."""
 
 Payload = Buffer | Sequence[Buffer]
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """Base of all messages."""
-
-    kind: ClassVar[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Hello(Message):
-    """Client's first message: what it speaks, and the largest header and payload it accepts."""
-
-    kind: ClassVar[str] = "hello"
-    versions: Versions
-    software: Name
-    max_header: HeaderLimit
-    max_payload: Size
-
-
-@dataclass(frozen=True, slots=True)
-class Challenge(Message):
-    """Server wants to see that the client knows the token, which never crosses; `nonce` is fresh."""
-
-    kind: ClassVar[str] = "challenge"
-    nonce: Nonce
-
-
-@dataclass(frozen=True, slots=True)
-class Proof(Message):
-    """Client's answer to a challenge; its own `nonce` is what the server's proof in the welcome answers."""
-
-    kind: ClassVar[str] = "proof"
-    nonce: Nonce
-    mac: Digest
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome(Message):
-    """Server's answer: the version chosen, its own limits, seconds between heartbeats.
-
-    `nonce` is fresh, for the client's proof that a session is its own; `mac` proves that the server knows the
-    token, and is nil where none was asked for.
-    """
-
-    kind: ClassVar[str] = "welcome"
-    version: Size
-    software: Name
-    max_header: HeaderLimit
-    max_payload: Size
-    nonce: Nonce
-    mac: OptionalDigest
-    heartbeat_s: Seconds
-    device: Name
-
-
-@dataclass(frozen=True, slots=True)
-class Open(Message):
-    """Client says what the server has to build: model, cuts, codecs, optimizer.
-
-    The client chooses the session's id and secret, both at random; who knows them may resume it.
-    """
-
-    kind: ClassVar[str] = "open"
-    session: SessionId
-    secret: Digest
-    spec: Plain
-
-
-@dataclass(frozen=True, slots=True)
-class Resume(Message):
-    """Client wants to go on with a session after the connection was lost, or either end started again.
-
-    `mac` proves that it knows the secret. `step` is the last step that it has concluded, applied (with `scale`)
-    or not, and nil where it remembers nothing but what it has saved: checkpoints of the steps `saved`.
-    """
-
-    kind: ClassVar[str] = "resume"
-    session: SessionId
-    mac: Digest
-    step: OptionalStep
-    applied: Flag
-    scale: OptionalNumber
-    saved: Steps
-
-
-@dataclass(frozen=True, slots=True)
-class Ready(Message):
-    """Server has built what it was asked for, or found it again.
-
-    Both ends go on after `step`: as they are where it is the client's own, else from their checkpoints of it.
-    `need_weights` says whether the middle's weights have to come from the client first; `saves` whether the
-    server can write checkpoints.
-    """
-
-    kind: ClassVar[str] = "ready"
-    step: Step
-    need_weights: Flag
-    saves: Flag
-    device: Name
-    memory_format: Name
-    detail: Plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +212,8 @@ class Bye(Message):
 MESSAGE_TYPES: dict[str, type[Message]] = {
     t.kind: t
     for t in (
-        *(Hello, Challenge, Proof, Welcome, Open, Resume, Ready, Weights, Fetch, Begin, Forward, Backward),
-        *(Commit, Committed, Abort, Save, Saved, Ping, Pong, Error, Bye),
+        *(Hello, Challenge, Proof, Welcome, Open, Resume, Rejoin, Ready, Weights, Fetch, Begin, Forward),
+        *(Backward, Commit, Committed, Abort, Save, Saved, Ping, Pong, Error, Bye),
     )
 }
 RULES: dict[type[Message], dict[str, Rule]] = {t: rules_of(t) for t in MESSAGE_TYPES.values()}

@@ -30,7 +30,7 @@ from wire.errors import (
 )
 from wire.frames import HANDSHAKE_LIMITS, FrameReader, Limits
 from wire.greeting import Greeting
-from wire.messages import Buffer, Challenge, Error, Hello, Message, Ping, Pong, Proof, Welcome
+from wire.messages import Buffer, Challenge, Error, Hello, Message, Ping, Pong, Proof, Rejoin, Welcome
 from wire.serialize import decode, encode
 
 __all__ = ["TRANSITIONS", "Phase", "Protocol", "Role"]
@@ -52,6 +52,7 @@ class Phase(Enum):
     PROVED = "proved"
     WELCOMED = "welcomed"
     OPENING = "opening"
+    REJOINING = "rejoining"
     RUNNING = "running"
     CLOSED = "closed"
 
@@ -60,7 +61,7 @@ _UP = ("weights", "fetch", "begin", "forward", "backward", "commit", "abort", "s
 _DOWN = ("weights", "forward", "backward", "committed", "abort", "saved")
 
 TRANSITIONS: dict[Phase, dict[Role, dict[str, Phase]]] = {
-    Phase.START: {Role.CLIENT: {"hello": Phase.GREETED}, Role.SERVER: {}},
+    Phase.START: {Role.CLIENT: {"hello": Phase.GREETED, "rejoin": Phase.REJOINING}, Role.SERVER: {}},
     Phase.GREETED: {
         Role.CLIENT: {},
         Role.SERVER: {"challenge": Phase.CHALLENGED, "welcome": Phase.WELCOMED},
@@ -69,6 +70,10 @@ TRANSITIONS: dict[Phase, dict[Role, dict[str, Phase]]] = {
     Phase.PROVED: {Role.CLIENT: {}, Role.SERVER: {"welcome": Phase.WELCOMED}},
     Phase.WELCOMED: {Role.CLIENT: {"open": Phase.OPENING, "resume": Phase.OPENING}, Role.SERVER: {}},
     Phase.OPENING: {Role.CLIENT: {}, Role.SERVER: {"ready": Phase.RUNNING}},
+    Phase.REJOINING: {
+        Role.CLIENT: dict.fromkeys(_UP, Phase.REJOINING),
+        Role.SERVER: {"ready": Phase.RUNNING},
+    },
     Phase.RUNNING: {
         Role.CLIENT: dict.fromkeys(_UP, Phase.RUNNING),
         Role.SERVER: dict.fromkeys(_DOWN, Phase.RUNNING),
@@ -76,9 +81,10 @@ TRANSITIONS: dict[Phase, dict[Role, dict[str, Phase]]] = {
     Phase.CLOSED: {Role.CLIENT: {}, Role.SERVER: {}},
 }
 """Phase, who sends, what it sends: the next phase."""
+_ESTABLISHED = frozenset({Phase.WELCOMED, Phase.OPENING, Phase.REJOINING, Phase.RUNNING})
 for _phase, _rows in TRANSITIONS.items():
     for _row in _rows.values():
-        if _phase in (Phase.WELCOMED, Phase.OPENING, Phase.RUNNING):
+        if _phase in _ESTABLISHED:
             _row["ping"] = _row["pong"] = _phase
         if _phase is not Phase.CLOSED:
             _row["error"] = _row["bye"] = Phase.CLOSED
@@ -99,8 +105,8 @@ class Protocol:
 
     Attributes:
         phase: how far the two ends have come.
-        hello: what the client said; None before it did.
-        welcome: what the server said; None before it did.
+        hello: what the client said first; None before it did.
+        welcome: what the server said, at an earlier time to a client that rejoins; None before it did.
         greeting: answers what comes before the welcome, and the welcome.
         clock: round-trip time and offset of the peer's clock.
         received_bytes: bytes that came in so far, headers included.
@@ -115,7 +121,7 @@ class Protocol:
         self.peer_role = Role.SERVER if role is Role.CLIENT else Role.CLIENT
         self.config = config
         self._move(Phase.START)
-        self.hello: Hello | None = None
+        self.hello: Hello | Rejoin | None = None
         self.welcome: Welcome | None = None
         self.greeting = Greeting(config)
         self.clock = ClockEstimate()
@@ -124,15 +130,13 @@ class Protocol:
         self._heard_ns = clock_ns()
         self._reader = FrameReader(HANDSHAKE_LIMITS, BufferPool(config.allocate))
         self._peer_limits = HANDSHAKE_LIMITS
-        self.replies: list[Message] = []
+        self.replies: list[Message] = [self.greeting.hello()] if role is Role.CLIENT else []
         self._discarded: memoryview | None = None
-        if role is Role.CLIENT:
-            self.replies.append(self.greeting.hello())
 
     @property
     def established(self) -> bool:
-        """Both ends have said hello and nobody has said bye."""
-        return self.phase in (Phase.WELCOMED, Phase.OPENING, Phase.RUNNING)
+        """Both ends have said hello, or the client has said rejoin, and nobody has said bye."""
+        return self.phase in _ESTABLISHED
 
     @property
     def heartbeat_s(self) -> float:
@@ -155,6 +159,10 @@ class Protocol:
     def missing(self) -> int:
         """Bytes that have still to come of the payload that is arriving; 0 where none is."""
         return 0 if self.phase is Phase.CLOSED else self._reader.missing
+
+    def rejoin(self, message: Rejoin, welcome: Welcome) -> None:
+        """Begin, as a client, with this message instead of a hello; `welcome` came on an earlier connection."""
+        self.replies, self.welcome = [message], welcome
 
     def send(self, message: Message) -> tuple[list[Buffer], int]:
         """Return the buffers to send for a message, and their size in bytes.
@@ -258,15 +266,17 @@ class Protocol:
         """Move to the phase that a message, sent or received, leads to."""
         if phase is not self.phase:
             self._move(phase)
-        if isinstance(message, Hello):
+        if isinstance(message, Hello | Rejoin):
             self.hello = message
-            if self.role is Role.SERVER:
-                self._peer_limits = Limits(message.max_header, message.max_payload)
         elif isinstance(message, Welcome):
             self.welcome = message
+        else:
+            return
+        if not isinstance(message, Hello):
             self._reader.limits = self.config.limits
-            if self.role is Role.CLIENT:
-                self._peer_limits = Limits(message.max_header, message.max_payload)
+        theirs = self.welcome if self.role is Role.CLIENT else self.hello
+        if theirs is not None:
+            self._peer_limits = Limits(theirs.max_header, theirs.max_payload)
 
     def _answer(self, message: Message) -> bool:
         """Deal with a message that the application does not see; False for the others."""
@@ -279,6 +289,9 @@ class Protocol:
                     self.replies.append(Ping(self._clock_ns()))
             case Hello() | Challenge() | Proof() | Welcome():
                 self.replies += self.greeting.answer(message)
+            case Rejoin():
+                self.greeting.check(message)
+                return False
             case Error(code, text):
                 raise PeerError(code, text)
             case _:

@@ -17,8 +17,9 @@ from typing import Any, TypeVar, cast
 from wire.channel import Channel
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, ForeignProtocol, WireError
+from wire.greeting import Redeem
 from wire.limiter import AttemptLimiter
-from wire.messages import Bye, Error, Hello, Message, Welcome
+from wire.messages import Bye, Error, Hello, Message, Rejoin, Welcome
 from wire.outbox import SendReceipt
 from wire.protocol import Role
 from wire.sender import Traits
@@ -36,13 +37,16 @@ from wire.sockets import (
 )
 from wire.tls_stream import TlsStream
 
-__all__ = ["Connection", "SendReceipt", "Server", "connect", "run", "serve"]
+__all__ = ["ComingBack", "Connection", "SendReceipt", "Server", "connect", "run", "serve"]
 
 _HTTP_S = 2.0  # for an answer to an HTTP request, where none came to a hello
 
 T = TypeVar("T")
 OnConnection = Callable[["Connection"], Awaitable[None]]
 OnRefused = Callable[[WireError], None]
+ComingBack = tuple[Rejoin, Welcome]
+"""What a client says that comes back, and what the server said when it came first."""
+
 logger = logging.getLogger("isthmus.wire")
 
 
@@ -53,19 +57,23 @@ class Connection(asyncio.BufferedProtocol):
         peer: the other end's address.
     """
 
-    def __init__(self, role: Role, config: WireConfig, host: str | None = None) -> None:
+    def __init__(
+        self, role: Role, config: WireConfig, host: str | None = None, coming_back: ComingBack | None = None
+    ) -> None:
         self._loop = loop = asyncio.get_running_loop()
         self._role, self._config, self._host = role, config, host
         self._opened: asyncio.Future[None] = loop.create_future()  # or failed
         self._lost: asyncio.Future[None] = loop.create_future()
         self._channel = Channel(role, config, loop.create_future, loop.call_later, self._opened, self._lost)
+        if coming_back is not None:
+            self._channel.protocol.rejoin(*coming_back)
         self._tls: TlsStream | None = None
         self._limiter: AttemptLimiter | None = None
         self.peer = "?"
 
     @property
-    def hello(self) -> Hello | None:
-        """What the client said of itself."""
+    def hello(self) -> Hello | Rejoin | None:
+        """What the client said first."""
         return self._channel.protocol.hello
 
     @property
@@ -239,9 +247,12 @@ class Server:
         port: the port it listens on.
     """
 
-    def __init__(self, on_connection: OnConnection, config: WireConfig, on_refused: OnRefused) -> None:
+    def __init__(
+        self, on_connection: OnConnection, config: WireConfig, on_refused: OnRefused, redeem: Redeem | None
+    ) -> None:
         self._on_connection = on_connection
         self._on_refused = on_refused
+        self._redeem = redeem
         self._config = config
         self._limiter = AttemptLimiter() if config.token is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -274,6 +285,8 @@ class Server:
     def _accept(self) -> Connection:
         connection = Connection(Role.SERVER, self._config)
         connection._limiter = self._limiter
+        if self._redeem is not None:
+            connection._channel.protocol.greeting.redeem = self._redeem
         self._connections.add(connection)
         self._strangers[connection] = None
         if len(self._strangers) > self._config.max_strangers:
@@ -325,8 +338,9 @@ async def serve(
     on_connection: OnConnection,
     config: WireConfig | None = None,
     on_refused: OnRefused = lambda error: None,
+    redeem: Redeem | None = None,
 ) -> Server:
-    """Listen, and run `on_connection` for every connection that has said hello.
+    """Listen, and run `on_connection` for every connection that has said hello, or rejoin with a good ticket.
 
     When the coroutine returns, its connection is closed; when it raises, the peer gets an `error` and the
     server goes on.
@@ -337,11 +351,12 @@ async def serve(
         on_connection: what to do with a connection.
         config: settings.
         on_refused: is told why a connection came to nothing before it was welcomed.
+        redeem: takes tickets, see `wire.greeting`; None where there are none.
 
     Raises:
         ConnectFailed: the address cannot be listened on.
     """
-    server = Server(on_connection, config or WireConfig(), on_refused)
+    server = Server(on_connection, config or WireConfig(), on_refused, redeem)
     try:
         await server._listen(host, port)
     except OSError as error:
@@ -349,8 +364,16 @@ async def serve(
     return server
 
 
-async def connect(host: str, port: int, config: WireConfig | None = None) -> Connection:
+async def connect(
+    host: str, port: int, config: WireConfig | None = None, coming_back: ComingBack | None = None
+) -> Connection:
     """Connect to a server and exchange hello and welcome.
+
+    Args:
+        host: where it is.
+        port: where it listens.
+        config: settings.
+        coming_back: what to say instead of hello; no answer is waited for then.
 
     Raises:
         ConnectFailed: says why, and what to do.
@@ -362,7 +385,7 @@ async def connect(host: str, port: int, config: WireConfig | None = None) -> Con
         async with asyncio.timeout(config.handshake_s):
             sock = await dial(loop, host, port)
             _, connection = await loop.create_connection(
-                lambda: Connection(Role.CLIENT, config, host), sock=sock
+                lambda: Connection(Role.CLIENT, config, host, coming_back), sock=sock
             )
             await connection._opened
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,28 @@ from edge.progress import SilentProgress
 from edge.run_folder import RunFolder, SessionKey, read_settings
 from edge.saves import Saves
 from edge.trainer import Trainer
-from wire.errors import ConnectionLost, PeerError
-from wire.messages import Ready, Saved
+from tests.wire.pair import SAMPLES
+from wire.auth import REJOIN, REJOINED, is_proof, prove
+from wire.errors import AuthenticationFailed, ConnectionLost, PeerError, RemoteProtocolError
+from wire.messages import Ready, Rejoin, Saved
 
 CONFIG = TrainConfig(server="nowhere:1")
-READY = Ready(0, need_weights=False, saves=True, device="cpu", memory_format="contiguous", detail={})
+READY = Ready(
+    0,
+    need_weights=False,
+    saves=True,
+    device="cpu",
+    memory_format="contiguous",
+    ticket=bytes(32),
+    mac=None,
+    detail={},
+)
 
 
 class Link:
     """Answers as it is told to: with what is ready, or an error."""
+
+    connection = SimpleNamespace(welcome=SAMPLES["welcome"])
 
     def __init__(self, *answers: Ready | Exception) -> None:
         self.answers = list(answers)
@@ -158,3 +172,69 @@ def test_training_goes_on_only_once_there_is_a_step_to_go_back_to(tmp_path: Path
         await saves.written()
 
     run(save())
+
+
+async def claimed() -> tuple[Claim, Link]:
+    """A claim that has had its first answer."""
+    link = Link(READY)
+    claim = Claim(CONFIG, None)
+    await claim.ask(link, None, Outcome(), None)  # type: ignore[arg-type]
+    return claim, link
+
+
+def answer_to(claim: Claim, asked: Rejoin, **changes: Any) -> Ready:
+    key = claim._key
+    assert key is not None
+    mac = prove(key.secret, REJOINED, asked.nonce, asked.mac)
+    return replace(READY, **{"step": asked.step, "mac": mac, "ticket": bytes([1] * 32), **changes})
+
+
+def test_ticket_is_good_for_one_connection() -> None:
+    async def come_back() -> None:
+        claim, link = await claimed()
+        assert claim.come_back(Outcome()) is None  # nothing to go on from: that does not use it up
+        back = claim.come_back(Outcome(3, scale=0.5))
+        assert back is not None
+        asked, welcome = back
+        assert (asked.step, asked.applied, asked.scale) == (3, True, 0.5)
+        assert welcome is link.connection.welcome
+        key: Any = claim._key
+        assert is_proof(asked.mac, key.secret, REJOIN, READY.ticket, asked.nonce, key.session)
+        assert claim.come_back(Outcome(3)) is None
+        claim.came_back(answer_to(claim, asked), link)  # type: ignore[arg-type]
+        again = claim.come_back(Outcome(4))
+        assert again is not None
+        assert is_proof(again[0].mac, key.secret, REJOIN, bytes([1] * 32), again[0].nonce, key.session)
+
+    run(come_back())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"mac": None}, AuthenticationFailed),
+        ({"mac": bytes(32)}, AuthenticationFailed),
+        ({"step": 2}, RemoteProtocolError),
+        ({"need_weights": True}, RemoteProtocolError),
+    ],
+)
+def test_answer_that_is_not_of_the_session_ends_the_connection(
+    changes: dict[str, Any], error: type[Exception]
+) -> None:
+    async def come_back() -> None:
+        claim, link = await claimed()
+        back = claim.come_back(Outcome(3))
+        assert back is not None
+        with pytest.raises(error):
+            claim.came_back(answer_to(claim, back[0], **changes), link)  # type: ignore[arg-type]
+
+    run(come_back())
+
+
+def test_run_that_goes_back_to_a_checkpoint_asks() -> None:
+    async def come_back() -> None:
+        claim, _ = await claimed()
+        claim.remembers = False
+        assert claim.come_back(Outcome(3)) is None
+
+    run(come_back())

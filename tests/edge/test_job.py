@@ -252,6 +252,8 @@ def test_a_job_is_described_in_one_line(mobilenet):
         saves=False,
         device="cuda:0 Some GPU",
         memory_format="channels_last",
+        ticket=bytes(32),
+        mac=None,
         detail={},
     )
     text = describe(mobilenet, ready)

@@ -14,7 +14,7 @@ from wire.frames import FrameReader, Limits, encode_frame_head
 from wire.messages import Error, Forward, Message, Open, Ping, Pong, Ready, Welcome
 from wire.serialize import decode, encode
 
-HELLO = {"kind": "hello", "versions": [2], "software": "test", "max_header": 1 << 20, "max_payload": 1 << 30}
+HELLO = {"kind": "hello", "versions": [3], "software": "test", "max_header": 1 << 20, "max_payload": 1 << 30}
 _LIMITS = Limits(max_header=1 << 30, max_payload=1 << 40)
 
 

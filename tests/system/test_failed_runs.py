@@ -138,7 +138,7 @@ def test_version_mismatch_names_both_versions() -> None:
     with isthmus_of_version(9) as address:
         said = failure(train(address))
     assert "version 9" in said
-    assert "version 2" in said
+    assert "version 3" in said
     assert "upgrade the older one" in said
 
 

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fault_runs import JOBS, differing, faulty_run, quiet_run, server_for_faults
+from benchmarks.fault_plans import CutFrames, FrameCut
+from benchmarks.fault_runs import (
+    JOBS,
+    WHOLE,
+    differing,
+    faulty_run,
+    quiet_run,
+    server_for_faults,
+    train_to_end,
+)
+from benchmarks.faulty_proxy import FaultyProxy
 from tests.system.processes import Command
 
 STEPS, FAULTS = 25, 20
@@ -37,3 +47,25 @@ def test_weights_of_another_seed_or_of_a_step_more_are_seen_to_differ(server: tu
         for steps, seed in [(5, 1), (5, 1), (5, 2), (6, 1)]
     ]
     assert [bool(differing(states[0], state)) for state in states] == [False, False, True, True]
+
+
+def test_client_comes_back_in_one_flight_with_its_next_step(server: tuple[Command, str]) -> None:
+    plan = CutFrames(
+        [FrameCut("commit", WHOLE, skip=1)] * 3, keep=("hello", "resume", "rejoin", "ready", "begin")
+    )
+    with FaultyProxy(server[1], plan) as proxy:
+        ended = train_to_end(proxy.address, JOBS["none"], 9, 0)
+    assert ended.status == 0, ended.err
+    assert not plan.cuts
+    kinds = [seen.kind for seen in plan.seen if seen.kind != "ready"]
+    assert kinds == ["hello", *["begin"] * 2, *["rejoin", *["begin"] * 2] * 2, "rejoin", *["begin"] * 3]
+
+
+def test_client_whose_ticket_is_lost_asks_as_if_it_had_none(server: tuple[Command, str]) -> None:
+    cuts = [FrameCut("commit", WHOLE, skip=1), FrameCut("ready", 10)]
+    plan = CutFrames(cuts, keep=("hello", "resume", "rejoin"))
+    with FaultyProxy(server[1], plan) as proxy:
+        ended = train_to_end(proxy.address, JOBS["none"], 6, 0)
+    assert ended.status == 0, ended.err
+    assert not plan.cuts
+    assert [seen.kind for seen in plan.seen] == ["hello", "rejoin", "hello", "resume"]

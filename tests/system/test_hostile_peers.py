@@ -158,7 +158,7 @@ def test_version_that_the_server_does_not_speak_is_named(peer: Peer) -> None:
     error = peer.error()
     assert error.code == "version_mismatch"
     assert "7, 9" in error.message
-    assert "version 2" in error.message
+    assert "version 3" in error.message
 
 
 # Messages out of turn.
@@ -168,7 +168,7 @@ EARLY = [
     Bye("x"),
     Ping(1),
     Fetch("weights"),
-    Ready(0, True, False, "cpu", "contiguous", {}),
+    Ready(0, True, False, "cpu", "contiguous", bytes(32), None, {}),
 ]
 
 

@@ -27,6 +27,7 @@ from wire.messages import (
     Pong,
     Proof,
     Ready,
+    Rejoin,
     Resume,
     Save,
     Saved,
@@ -45,13 +46,14 @@ PAYLOAD = bytes(range(24)) + bytes(40)
 SAMPLES: dict[str, Message] = {
     message.kind: message
     for message in (
-        Hello([2], "test/1", 1 << 20, 1 << 30),
+        Hello([3], "test/1", 1 << 20, 1 << 30),
         Challenge(bytes(range(32))),
         Proof(bytes(range(32, 64)), b"\xaa" * 32),
-        Welcome(2, "test/1", 1 << 20, 1 << 30, bytes(range(64, 96)), None, 5.0, "cpu"),
+        Welcome(3, "test/1", 1 << 20, 1 << 30, bytes(range(64, 96)), None, 5.0, "cpu"),
         Open(b"0123456789abcdef", b"\x5e" * 32, {"model": {"name": "net"}, "cuts": ["a", "b"]}),
         Resume(b"0123456789abcdef", b"\xbb" * 32, 7, True, None, [4, 6]),
-        Ready(7, True, False, "cpu", "contiguous", {"torch": "2.11"}),
+        Rejoin(3, 1 << 20, 1 << 30, b"0123456789abcdef", bytes(range(96, 128)), b"\xcc" * 32, 7, True, None),
+        Ready(7, True, False, "cpu", "contiguous", bytes(range(128, 160)), None, {"torch": "2.11"}),
         Weights(0, True, ["w"], [DESC], PAYLOAD),
         Fetch("weights"),
         Begin(1, 2, False),
@@ -190,7 +192,14 @@ class ProtocolPair:
         if proved:
             configs = [replace(end.config, token=TOKEN) for end in (self.client, self.server)]
             self.__init__(*configs)  # type: ignore[misc]
-        self.client.take_replies() if phase is Phase.START else None
+        self.server.greeting.redeem = lambda message: True
+        if phase in (Phase.START, Phase.REJOINING):
+            self.client.take_replies()
+        if phase is Phase.REJOINING:
+            self.client.rejoin(SAMPLES["rejoin"], SAMPLES["welcome"])  # type: ignore[arg-type]
+            self._send_next_reply()
+            assert self.client.phase is self.server.phase is phase
+            return self
         steps: list[tuple[Phase, Callable[[], object]]] = [
             (Phase.START, lambda: None),
             (Phase.GREETED, lambda: self.send(self.client, *self.client.take_replies())),

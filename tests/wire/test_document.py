@@ -7,7 +7,7 @@ import pytest
 
 from common.spec import STREAMS
 from tests.wire.test_golden import GOLDEN
-from wire.auth import CLIENT_TOKEN, RESUME, SERVER_TOKEN
+from wire.auth import CLIENT_TOKEN, REJOIN, REJOINED, RESUME, SERVER_TOKEN
 from wire.codecs.layout import DTYPES
 from wire.codecs.registry import always_on, codec_names
 from wire.config import DEFAULT_LIMITS, PROTOCOL_VERSIONS, WireConfig
@@ -124,6 +124,8 @@ def test_proofs_are_made_as_they_are_described() -> None:
         "`proof.mac`": CLIENT_TOKEN.decode(),
         "`welcome.mac`": SERVER_TOKEN.decode(),
         "`resume.mac`": RESUME.decode(),
+        "`rejoin.mac`": REJOIN.decode(),
+        "`ready.mac`": REJOINED.decode(),
     }
 
 

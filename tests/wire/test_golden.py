@@ -19,11 +19,11 @@ from torch import Tensor
 
 from common.spec import JobSpec
 from tests.wire.pair import ROOMY, TOKEN, as_sent, joined, read_frames
-from wire.auth import CLIENT_TOKEN, RESUME, SERVER_TOKEN, prove
+from wire.auth import CLIENT_TOKEN, REJOIN, REJOINED, RESUME, SERVER_TOKEN, prove
 from wire.codecs.registry import always_on, codec_names
 from wire.codecs.spec import parse_chain
 from wire.frames import FrameReader
-from wire.messages import MESSAGE_TYPES, Challenge, Message, Open, Proof, Resume, Welcome
+from wire.messages import MESSAGE_TYPES, Challenge, Message, Open, Proof, Ready, Rejoin, Resume, Welcome
 from wire.serialize import decode, encode
 from wire.streams import Encodings, StreamDecoder, StreamEncoder, facts_of
 from wire.weights import WeightsReceiver
@@ -31,7 +31,7 @@ from wire.weights import WeightsReceiver
 GOLDEN = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").iterdir())
 }
-BYTES = {"nonce", "mac", "session", "secret"}
+BYTES = {"nonce", "mac", "session", "secret", "ticket"}
 WITH_TENSORS = {name: golden for name, golden in GOLDEN.items() if "tensors" in golden}
 
 
@@ -170,6 +170,20 @@ def test_proofs_are_those_of_the_token_and_of_the_session() -> None:
     assert resume.mac == prove(opened.secret, RESUME, welcome.nonce, opened.session)
     by_hand = b"isthmus client token\0" + challenge.nonce + b"\0" + proof.nonce
     assert proof.mac == hmac.new(TOKEN, by_hand, "sha256").digest()
+
+
+def test_proofs_of_a_session_that_is_rejoined_are_as_the_document_says() -> None:
+    opened, ready, rejoin, again = map(
+        message_of, map(GOLDEN.get, ("open", "ready", "rejoin", "ready_again"))
+    )
+    assert isinstance(opened, Open)
+    assert isinstance(ready, Ready)
+    assert isinstance(rejoin, Rejoin)
+    assert isinstance(again, Ready)
+    assert rejoin.session == opened.session
+    assert rejoin.mac == prove(opened.secret, REJOIN, ready.ticket, rejoin.nonce, opened.session)
+    assert again.mac == prove(opened.secret, REJOINED, rejoin.nonce, rejoin.mac)
+    assert again.ticket != ready.ticket
 
 
 @pytest.mark.parametrize("name", ["open", "open_text"])

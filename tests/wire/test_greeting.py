@@ -15,15 +15,18 @@ from wire.errors import (
     LimitExceeded,
     PeerError,
     RemoteProtocolError,
+    StaleTicket,
     TokenMissing,
     TooManyAttempts,
     VersionMismatch,
 )
 from wire.limiter import AttemptLimiter
-from wire.messages import Challenge, Proof, Welcome
+from wire.messages import Challenge, Message, Proof, Welcome
 from wire.protocol import Phase, Protocol, Role
 
 OTHER = b"another token altogether"
+REJOIN: Any = SAMPLES["rejoin"]
+WELCOME: Any = SAMPLES["welcome"]
 
 
 def pair_with(client: bytes | None, server: bytes | None, **settings: Any) -> ProtocolPair:
@@ -144,7 +147,7 @@ def test_client_of_version_1_is_told_so_and_not_asked_for_a_token() -> None:
     for token in (None, TOKEN):
         server = Protocol(Role.SERVER, WireConfig(token=token))
         hello = {"kind": "hello", "versions": [1], "software": "old", "max_header": 4096, "max_payload": 0}
-        with pytest.raises(VersionMismatch, match="one side speaks version 2, the other version 1"):
+        with pytest.raises(VersionMismatch, match="one side speaks version 3, the other version 1"):
             feed(server, frame(hello))
 
 
@@ -196,3 +199,34 @@ def test_welcome_without_a_token_proves_nothing() -> None:
     assert greeted_with(pair)[1] == ["hello", "welcome"]
     assert isinstance(pair.client.welcome, Welcome)
     assert pair.client.welcome.mac is None
+
+
+def test_client_that_comes_back_is_let_in_with_its_first_message() -> None:
+    pair = pair_with(TOKEN, TOKEN)
+    redeemed: list[Message] = []
+    pair.server.greeting.redeem = lambda message: not redeemed.append(message)  # type: ignore[func-returns-value]
+    pair.client.rejoin(REJOIN, WELCOME)
+    (rejoin,) = pair.client.take_replies()
+    began = joined(pair.client.send(rejoin)[0]) + joined(pair.client.send(SAMPLES["begin"])[0])
+    assert feed(pair.server, began) == [REJOIN, SAMPLES["begin"]]  # at once, and in one flight
+    assert redeemed == [REJOIN]
+    assert pair.server.take_replies() == []
+    assert pair.send(pair.server, SAMPLES["ready"]) == [SAMPLES["ready"]]
+    assert pair.client.phase is pair.server.phase is Phase.RUNNING
+    assert pair.client.heartbeat_s == WELCOME.heartbeat_s
+
+
+def test_nothing_behind_a_bad_ticket_is_looked_at() -> None:
+    server = Protocol(Role.SERVER, WireConfig())  # which has given none
+    with pytest.raises(StaleTicket, match="greet, and resume") as caught:
+        feed(server, to_bytes(REJOIN) + b"no frame at all")
+    assert caught.value.code == "stale_ticket"
+    with pytest.raises(PeerError, match="greet, and resume"):
+        feed(Protocol(Role.CLIENT, WireConfig()), joined(server.fail(caught.value)))
+
+
+def test_client_of_another_version_cannot_rejoin() -> None:
+    server = Protocol(Role.SERVER, WireConfig())
+    server.greeting.redeem = lambda message: True
+    with pytest.raises(StaleTicket):
+        feed(server, to_bytes(replace(REJOIN, version=1)))

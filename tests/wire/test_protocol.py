@@ -30,6 +30,7 @@ KINDS = sorted(MESSAGE_TYPES)
 # The table as the document of the protocol has it: phase, sender, kind, next phase.
 EXPECTED = {
     (Phase.START, Role.CLIENT, "hello"): Phase.GREETED,
+    (Phase.START, Role.CLIENT, "rejoin"): Phase.REJOINING,
     (Phase.GREETED, Role.SERVER, "welcome"): Phase.WELCOMED,
     (Phase.GREETED, Role.SERVER, "challenge"): Phase.CHALLENGED,
     (Phase.CHALLENGED, Role.CLIENT, "proof"): Phase.PROVED,
@@ -37,8 +38,10 @@ EXPECTED = {
     (Phase.WELCOMED, Role.CLIENT, "open"): Phase.OPENING,
     (Phase.WELCOMED, Role.CLIENT, "resume"): Phase.OPENING,
     (Phase.OPENING, Role.SERVER, "ready"): Phase.RUNNING,
+    (Phase.REJOINING, Role.SERVER, "ready"): Phase.RUNNING,
     **{
-        (Phase.RUNNING, Role.CLIENT, kind): Phase.RUNNING
+        (phase, Role.CLIENT, kind): phase
+        for phase in (Phase.REJOINING, Phase.RUNNING)
         for kind in ("weights", "fetch", "begin", "forward", "backward", "commit", "abort", "save")
     },
     **{
@@ -47,7 +50,7 @@ EXPECTED = {
     },
     **{
         (phase, role, kind): phase
-        for phase in (Phase.WELCOMED, Phase.OPENING, Phase.RUNNING)
+        for phase in (Phase.WELCOMED, Phase.OPENING, Phase.REJOINING, Phase.RUNNING)
         for role in Role
         for kind in ("ping", "pong")
     },
@@ -213,7 +216,7 @@ def test_server_without_a_version_in_common_says_so() -> None:
 
 def test_client_refuses_a_version_that_it_does_not_speak() -> None:
     pair = ProtocolPair().bring_to(Phase.GREETED)
-    with pytest.raises(VersionMismatch, match="version 2, the other version 5"):
+    with pytest.raises(VersionMismatch, match="version 3, the other version 5"):
         feed(pair.client, to_bytes(replace(SAMPLES["welcome"], version=5)))  # type: ignore[type-var]
 
 

@@ -58,6 +58,9 @@ def on_both_loops(test: Callable[[], Awaitable[None]]) -> Callable[..., None]:
     return run_it
 
 
+COMING_BACK: Any = (SAMPLES["rejoin"], SAMPLES["welcome"])
+
+
 # Servers and clients.
 
 
@@ -654,7 +657,7 @@ async def test_silent_client_is_noticed_by_its_heartbeats() -> None:
 @on_both_loops
 async def test_silent_server_is_noticed_by_its_heartbeats() -> None:
     async def welcome_and_fall_asleep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(to_bytes(Welcome(2, "x", 1 << 20, 1 << 30, bytes(32), None, 0.02, "cpu")))
+        writer.write(to_bytes(Welcome(3, "x", 1 << 20, 1 << 30, bytes(32), None, 0.02, "cpu")))
         await reader.read()
 
     async with raw_server(welcome_and_fall_asleep) as port:
@@ -862,3 +865,34 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for name in ("heartbeat_s", "handshake_s", "close_s", "send_queue", "receive_queue", "max_connections"):
         with pytest.raises(ValueError, match=f"{name} has to be above 0"):
             WireConfig(**{name: 0})
+
+
+@on_both_loops
+async def test_client_that_comes_back_does_not_wait_for_an_answer() -> None:
+    seen: list[Message] = []
+    all_seen = asyncio.Event()
+
+    async def take(connection: Connection) -> None:
+        seen.extend([await connection.receive(), await connection.receive()])
+        all_seen.set()
+        await connection.send(SAMPLES["ready"])
+        assert isinstance(await connection.receive(), Bye)
+
+    server = await serve("127.0.0.1", 0, take, redeem=lambda message: message == COMING_BACK[0])
+    connection = await connect(server.host, server.port, None, COMING_BACK)
+    await connection.send(SAMPLES["begin"])
+    await all_seen.wait()
+    assert seen == [SAMPLES["rejoin"], SAMPLES["begin"]]
+    assert await connection.receive() == SAMPLES["ready"]
+    await connection.close()
+    await server.close()
+
+
+@on_both_loops
+async def test_client_that_comes_back_with_a_bad_ticket_is_told() -> None:
+    async with serving() as server:
+        connection = await connect(server.host, server.port, None, COMING_BACK)
+        with pytest.raises(PeerError, match="greet, and resume") as told:
+            await connection.receive()
+        assert told.value.code == "stale_ticket"
+        await connection.close()
