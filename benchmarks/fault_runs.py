@@ -160,15 +160,17 @@ def problems_of(ended: Ended, saved: Path, quiet: Quiet) -> list[str]:
 
 def faulty_run(address: str, job: Job, quiet: Quiet, *, steps: int, seed: int, faults: int) -> Trial:
     """Train while a proxy makes random faults, and compare."""
-    # A little denser than they should be, so that all of them come before the end.
+    # A little denser than they should be, so that all of them come before the end, and a few more, for one that falls
+    # into a stall which a cut ends is never made.
     gap = 0.6 * mean_gap(quiet.step_bytes, faults / steps)
-    plan = RandomFaults(seed, faults, gap, timeout_s=TIMEOUT_S)
+    plan = RandomFaults(seed, faults + 2 + faults // 25, gap, timeout_s=TIMEOUT_S)
     with TemporaryDirectory() as folder, FaultyProxy(address, plan) as proxy:
         saved = Path(folder, "model.safetensors")
         ended = train_to_end(proxy.address, job, steps, seed, "--save", saved)
         problems = problems_of(ended, saved, quiet)
-        if plan.left > faults // 10 and not problems:
-            problems.append(f"{plan.left} of {faults} faults were not reached")
+        made = sum(proxy.faults.values())
+        if made < 0.9 * faults and not problems:
+            problems.append(f"only {made} of {faults} faults were made")
     return Trial(f"cuts, {job.chain}", seed, dict(proxy.faults), problems)
 
 

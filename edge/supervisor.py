@@ -12,10 +12,13 @@ from edge.link import Link, open_link
 from edge.progress import Progress
 from edge.reconnect import Patience, is_turned_away, may_pass
 from edge.security import wire_config
-from wire.errors import ConnectionLost, WireError
+from wire.errors import ConnectFailed, ConnectionLost, WireError
 from wire.transport import ComingBack
 
 T = TypeVar("T")
+
+_MOST_HUNG_UP = 3
+"""Tries after which a first connection that is lost before its greeting is given up."""
 
 
 class Supervisor:
@@ -56,6 +59,7 @@ class Supervisor:
         self._patience = Patience(config.give_up_after)
         self._stopping = asyncio.Event()
         self._was_connected = False
+        self._hung_up = 0
         self._lost_s: float | None = None
 
     @property
@@ -102,7 +106,11 @@ class Supervisor:
             WireError: there is none.
         """
         await self._lost(link)
-        hopeful = self._was_connected and (self._begins_anew(error) or may_pass(error))
+        if self._was_connected:
+            hopeful = self._begins_anew(error) or may_pass(error)
+        else:  # whoever is there and hangs up may be no server at all, or a line that just broke
+            self._hung_up += 1
+            hopeful = isinstance(error, ConnectFailed) and error.hung_up and self._hung_up <= _MOST_HUNG_UP
         wait_s = self._patience.failed(error) if hopeful else None
         if wait_s is None or self.stopping:
             raise self._final(error) if hopeful else error

@@ -203,10 +203,13 @@ class ConnectFailed(WireError):
         port: the port that was asked for.
         reason: why, and what to do, in one line.
         final: trying again is of no use before somebody changes something.
+        hung_up: somebody was there, and was lost before the end of the greeting.
     """
 
-    def __init__(self, host: str, port: int, reason: str, *, final: bool = False) -> None:
-        self.host, self.port, self.reason, self.final = host, port, reason, final
+    def __init__(
+        self, host: str, port: int, reason: str, *, final: bool = False, hung_up: bool = False
+    ) -> None:
+        self.host, self.port, self.reason, self.final, self.hung_up = host, port, reason, final, hung_up
         super().__init__(f"cannot connect to {host}:{port}: {reason}")
 
 

@@ -405,7 +405,9 @@ async def connect(
     failure = connection._channel.failure
     if failure is not None:
         await connection.close()
-        raise ConnectFailed(host, port, explain_refusal(failure), final=is_final(failure)) from None
+        reason, final = explain_refusal(failure), is_final(failure)
+        hung_up = isinstance(failure, ConnectionLost) and not final
+        raise ConnectFailed(host, port, reason, final=final, hung_up=hung_up) from None
     return connection
 
 

@@ -46,7 +46,7 @@ def test_step_is_applied_on_both_sides_or_on_neither_wherever_its_conclusion_is_
 
 
 # Of conv+int8 the server asks for the weights, and --save fetches them.
-BEGINNINGS_AND_ENDS = ("open", "ready", "weights", "begin", "fetch")
+BEGINNINGS_AND_ENDS = ("hello", "welcome", "open", "ready", "weights", "begin", "fetch")
 
 
 @pytest.mark.parametrize("after", [0, 30, 1 << 30])

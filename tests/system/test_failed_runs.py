@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,18 +57,23 @@ def events(path: Path) -> list[dict[str, object]]:
 
 @contextmanager
 def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Answer one connection in a thread; gives the address."""
+    """Answer connections in a thread; gives the address."""
 
-    def serve_one() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            answer(connection)
+    def serve_all() -> None:
+        with suppress(OSError):  # the listener is shut down
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    answer(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve_one)
+        thread = threading.Thread(target=serve_all)
         thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        thread.join()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def test_nothing_listening_says_so() -> None:
