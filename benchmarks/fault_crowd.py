@@ -22,7 +22,7 @@ from benchmarks.fault_runs import (
     quiet_run,
     train_to_end,
 )
-from benchmarks.fuzzing import Intruder, Refused, record
+from benchmarks.intruder import Intruder, Refused, record
 from benchmarks.mutations import RealFrame
 from tests.system.processes import serving
 

@@ -55,6 +55,14 @@ class Job:
 
 _IMAGES = ("--model", "wide_net", "--cut", "stem", "--cut", "blocks", "--image-size", "32")
 _TOKENS = ("--model", "token_net", "--cut", "embed", "--cut", "blocks", "--image-size", "16")
+TINY_JOB = Job(
+    "conv+int8",
+    (
+        *("--model", "dropout_net", "--cut", "stem", "--cut", "blocks.1", "--image-size", "16"),
+        *("--compress", "conv+int8"),
+    ),
+)
+"""One that is built soon, too."""
 _DECAY = "decay:rate=0.9,steps=10,iterations=5"
 JOBS = {
     job.chain: job

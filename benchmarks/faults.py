@@ -37,6 +37,7 @@ from benchmarks.fault_runs import (
     EXCHANGES,
     IMPORTS,
     JOBS,
+    TINY_JOB,
     Memory,
     Trial,
     cut_exchange,
@@ -47,7 +48,8 @@ from benchmarks.fault_runs import (
     server_for_faults,
     train_to_end,
 )
-from benchmarks.fuzzing import Attack, record
+from benchmarks.fuzzing import Attack
+from benchmarks.intruder import record_with_return
 from benchmarks.run_all import HEAD as DOCUMENT_HEAD
 from benchmarks.run_all import ROOT, Benchmark, section, with_section
 from tests.system.processes import Ended, serving
@@ -56,6 +58,10 @@ MIB = 1 << 20
 CHAINS = ("none", "conv+int8", "lowrank:8+int4", "decay")
 ROUND_TRIPS_S = (0.0, 0.01, 0.05, 0.2)
 FUZZ_GROWTH_BYTES = 32 * MIB
+FUZZ_ROUNDS = 10
+"""An honest client trains after each; memory is compared with that after the first."""
+FUZZ_WARM_UP = 2000
+"""After so many frames the server's caches and pools are full."""
 CROWD_GROWTH_BYTES = 256 * MIB
 """Allocators of many threads keep some; a client's session that stayed would be as much for every few of them."""
 
@@ -188,35 +194,46 @@ def fuzz(options: argparse.Namespace, report: Report) -> None:
 def _fuzz(options: argparse.Namespace, report: Report, token: bytes | None) -> None:
     noise = (options.bytes or (500_000 if options.quick else 10_000_000)) // 2
     frames = (options.frames or (3000 if options.quick else 100_000)) // 2
-    job = JOBS["conv+int8"]
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "token").write_bytes(token or b"")
         saved, guarded = folder / "model.safetensors", ("--token-file", folder / "token") if token else ()
 
-        def train(to: str) -> Ended:
-            return train_to_end(to, job, 5, 0, *guarded, "--save", saved)
+        def train(to: str, *others: object) -> Ended:
+            return train_to_end(to, TINY_JOB, 6, 0, *guarded, "--save", saved, *others)
 
-        limits = ("--max-sessions", 64, "--state-dir", folder / "state", "--park-after", 1)
-        with serving(*IMPORTS, *limits, "--forget-after", 2, *guarded) as (server, address):
-            attack = Attack(address, record(address, train), options.first_seed, token)
+        def is_good() -> bool:
+            return train(address).status == 0 and not differing(expected, load_file(saved))
+
+        keeps = ("--checkpoint", folder / "run", "--checkpoint-every", 1)
+        limits = ("--max-sessions", 64, "--state-dir", folder / "state", "--park-after", 3)
+        with serving(*IMPORTS, *limits, "--forget-after", 6, *guarded) as (server, address):
+            real = record_with_return(address, lambda to: train(to, *keeps))
             expected = load_file(saved)
-            attack.noise(noise // 10)
-            attack.mutate(frames // 10)  # caches and pools are full now
+            attack = Attack(address, real, options.first_seed, token)
+            attack.noise(noise // FUZZ_ROUNDS)
+            attack.mutate(max(frames // FUZZ_ROUNDS, min(frames // 2, FUZZ_WARM_UP)))
+            good = [is_good()]
             with Memory(server) as memory:
-                attack.noise(noise - noise // 10)
-                attack.mutate(frames - frames // 10)
+                for left in range(FUZZ_ROUNDS - 1, 0, -1):
+                    attack.noise((noise - attack.findings.noise_bytes) // left)
+                    attack.mutate((frames - attack.findings.frames.total()) // left)
+                    good.append(is_good())
             found = attack.findings
             report.say(
                 f"{'behind a token' if token else 'without a token'}, seed {options.first_seed}: "
-                f"{found.noise_bytes:,} random bytes, {found.frames:,} mutated frames; "
-                f"answers: {_counts(found.errors)}; refused: {_counts(found.refused) or 'none'}"
+                f"{found.noise_bytes:,} random bytes, {found.frames.total():,} mutated frames; "
+                f"answers: {_counts(found.errors)}; tried again: {_counts(found.lost) or 'none'}; "
+                f"{found.opened} sessions to attack from within"
             )
+            report.say(f"frames by phase and kind: {_counts(found.frames)}")
             for fault in found.faults[:10]:
                 report.say(fault)
+            is_all = found.noise_bytes >= noise and found.frames.total() >= frames
+            report.check("the server has read all of it", is_all)
+            report.check("in each phase, each kind of frame", not attack.missed)
             report.check("every connection ended, and no error without a type", not found.faults)
-            good = train(address).status == 0 and not differing(expected, load_file(saved))
-            report.check("the next honest client trains as before", good)
+            report.check(f"{len(good)} honest clients in between and after train as before", all(good))
             grown = memory.after - memory.before
             report.check(f"the server's memory grew by {grown / MIB:.1f} MiB", grown < FUZZ_GROWTH_BYTES)
             report.check("no traceback in its log", "Traceback" not in server.err)

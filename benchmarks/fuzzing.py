@@ -1,8 +1,12 @@
 """Throws noise and broken frames at a live server, before and after it has let the sender in.
 
-The real frames are those of a real client, recorded through a proxy, so that this follows the protocol as it changes.
-Each mutated frame goes on a connection of its own: the first one that is wrong ends it. Connections come from all over
-127.0.0.0/8, or one that is shut out for its wrong tokens would hide what the others find.
+Each mutated frame is a real client's in the phase of the protocol in which it may come, and goes on a connection of
+its own that was honest so far: the first one that is wrong ends it. Several lanes do that at once. Building a model
+takes longer than everything else, so each lane has sessions that it comes back to, as a client does that has lost
+its connection, and opens another only where the server does not go on with one.
+
+What counts as sent is what the server has read: it answered with an error, or closed after everything that came.
+What came to nothing is tried again, and listed.
 
 `Findings` hold what was sent, how the server answered, and what it should not have done.
 """
@@ -10,27 +14,26 @@ Each mutated frame goes on a connection of its own: the first one that is wrong 
 from __future__ import annotations
 
 import random
-import socket
-import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
-import msgpack
-
-from benchmarks.fault_plans import UP, Fault, Plan
-from benchmarks.faulty_proxy import FaultyProxy
+from benchmarks.intruder import Held, Intruder, Refused, is_unfinished
 from benchmarks.mutations import MUTATIONS, RealFrame, prelude
 from wire.errors import RemoteProtocolError
-from wire.frames import Frame, FrameReader, Limits, encode_frame_head
+from wire.frames import encode_frame_head
+from wire.messages import Abort, Error, Fetch, Resume
+from wire.protocol import TRANSITIONS, Phase, Role
 
-PATIENCE_S = 20.0
-_LIMITS = Limits(max_header=1 << 30, max_payload=1 << 40)
-_GREETING = ("hello", "proof")
-_HEARTBEATS = ("ping", "pong")
 _NOISE_SIZES = (1, 23, 24, 25, 100, 1000, 10_000, 65_536)
+_ANY_TIME = ("ping", "pong", "error", "bye")
+_MADE = (
+    Abort(step=1, reason="not finite"),
+    Error("failed", "no reason"),
+    Resume(bytes(16), bytes(32), step=1, applied=True, scale=None, saved=[]),
+)
+"""Right messages of kinds that the client which was recorded need not have sent."""
 
 
 @dataclass
@@ -38,18 +41,23 @@ class Findings:
     """What came of an attack.
 
     Attributes:
-        noise_bytes: random bytes that were sent.
-        frames: mutated frames that were sent.
-        errors: codes of the errors that the server answered with, and how often; ``closed`` without one.
-        hung: connections that the server did not end in time, by what was sent.
-        refused: times the server let an honest beginning not through, by what it said.
+        noise_bytes: random bytes that the server has read.
+        frames: mutated frames that it has read, by phase and kind.
+        errors: codes of the errors that it answered with, and how often; ``closed`` without one.
+        hung: what was sent on connections that it did not end in time.
+        lost: tries that came to nothing, by what it said.
+        opened: sessions that were opened to attack from within.
     """
 
     noise_bytes: int = 0
-    frames: int = 0
+    frames: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     hung: list[str] = field(default_factory=list)
-    refused: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    opened: int = 0
+
+    def __add__(self, other: Findings) -> Findings:
+        return Findings(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
     @property
     def faults(self) -> list[str]:
@@ -60,253 +68,249 @@ class Findings:
         return untyped + [f"hung after {what}" for what in self.hung]
 
 
-class Recorder(Plan):
-    """Keeps what clients send, by connection."""
-
-    def __init__(self) -> None:
-        self.sent: dict[int, bytearray] = {}
-
-    def look(self, connection: int, direction: str, data: bytes) -> Iterator[bytes | Fault]:
-        """Pass all on."""
-        if direction == UP:
-            self.sent.setdefault(connection, bytearray()).extend(data)
-        yield data
+Target = tuple[Phase, str]
 
 
-def record(server: str, train: Callable[[str], object]) -> list[RealFrame]:
-    """Return all that a client sends on the connection that it trains on, heartbeats left out.
-
-    Args:
-        server: its address.
-        train: runs a client against the address that it is given, for two steps or more.
-
-    Raises:
-        ValueError: no connection saw the beginning of a session and two of its steps.
-    """
-    plan = Recorder()
-    with FaultyProxy(server, plan) as proxy:
-        train(proxy.address)
-    kinds = {}
-    for connection, data in plan.sent.items():
-        frames = [RealFrame(msgpack.unpackb(f.header), bytes(f.payload)) for f in read_frames(data)]
-        kinds[connection] = [frame.kind for frame in frames]
-        if "open" in kinds[connection] and kinds[connection].count("commit") > 1:
-            return [frame for frame in frames if frame.kind not in _HEARTBEATS]
-    raise ValueError(f"no whole session was recorded; there were {kinds}")
+def targets_of(*, has_token: bool) -> list[Target]:
+    """Return which kinds of frames a client sends in which phases, those that may come at any time once there."""
+    rows = {phase: TRANSITIONS[phase][Role.CLIENT] for phase in TRANSITIONS}
+    return [
+        (phase, kind)
+        for phase, row in rows.items()
+        if row.keys() - set(_ANY_TIME) and (has_token or phase is not Phase.CHALLENGED)
+        for kind in row
+    ]
 
 
-def read_frames(data: bytes | bytearray) -> Iterator[Frame]:
-    """Yield the whole frames of a stream."""
-    reader = FrameReader(_LIMITS)
-    left = memoryview(data)
-    while left:
-        room = reader.next_buffer()
-        count = min(len(room), len(left))
-        room[:count] = left[:count]
-        left = left[count:]
-        reader.advance(count)
-        while (frame := reader.next_frame()) is not None:
-            yield frame
-
-
-class Refused(Exception):
-    """The server ended a connection that was honest so far."""
-
-
-class Intruder:
-    """A connection that begins as a real client's.
-
-    Args:
-        address: the server's.
-        frames: what a real client sends.
-        draw: randomness.
-        token: what the server wants to be proved; None where it asks for nothing.
-    """
-
-    def __init__(
-        self, address: str, frames: Sequence[RealFrame], draw: random.Random, token: bytes | None = None
-    ) -> None:
-        host, _, port = address.rpartition(":")
-        source = f"127.{draw.randint(1, 254)}.{draw.randint(0, 254)}.{draw.randint(1, 254)}"
-        local = host.startswith("127.")
-        self.socket = socket.create_connection(
-            (host, int(port)), PATIENCE_S, source_address=(source, 0) if local else None
-        )
-        self._reader = FrameReader(_LIMITS)
-        self._token, self._draw = token, draw
-        self._hello = next(frame for frame in frames if frame.kind == "hello")
-        self._open = next(frame for frame in frames if frame.kind == "open")
-
-    def __enter__(self) -> Intruder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._draw.random() < 0.5:  # and by RST, which leaves no port waiting here
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.close()
-
-    def greet(self) -> None:
-        """Come to the server's welcome."""
-        self.socket.sendall(self._hello.encode())
-        answer = self.receive("welcome", "challenge")
-        if answer["kind"] == "challenge":
-            self.socket.sendall(self.proof(answer).encode())
-            self.receive("welcome")
-
-    def proof(self, challenge: dict[str, Any]) -> RealFrame:
-        """The answer to a challenge; a wrong one without the token."""
-        from wire.auth import CLIENT_TOKEN, prove
-
-        nonce = self._draw.randbytes(32)
-        mac = prove(self._token or b"wrong", CLIENT_TOKEN, challenge["nonce"], nonce)
-        return RealFrame({"kind": "proof", "nonce": nonce, "mac": mac}, b"")
-
-    def open(self) -> None:
-        """Come to a session of one's own, with the weights that it needs."""
-        self.socket.sendall(self.own(self._open).encode())
-        self.receive("ready")
-
-    def play(self, frames: Sequence[RealFrame]) -> None:
-        """Send frames of a session; each that has an answer waits for it."""
-        for frame in frames:
-            self.socket.sendall(frame.encode())
-            if frame.kind in ("forward", "backward"):
-                self.receive(frame.kind)
-
-    def own(self, frame: RealFrame) -> RealFrame:
-        """The frame for a session that no other has."""
-        if "session" not in frame.header:
-            return frame
-        return frame._replace(header={**frame.header, "session": self._draw.randbytes(16)})
-
-    def receive(self, *kinds: str) -> dict[str, Any]:
-        """The header of the next frame of one of these kinds.
-
-        Raises:
-            Refused: an error or the end came first.
-        """
-        while (header := self._next()) is not None and header["kind"] not in kinds:
-            if header["kind"] in ("error", "bye"):
-                raise Refused(str(header.get("message", header.get("reason"))))
-        if header is None:
-            raise Refused("closed")
-        return header
-
-    def outcome(self, what: str, findings: Findings) -> None:
-        """End sending, and note how the server ends the connection."""
-        code = "closed"
-        try:
-            self.socket.shutdown(socket.SHUT_WR)
-            while (header := self._next()) is not None:
-                code = header["code"] if header["kind"] == "error" else code
-        except TimeoutError:
-            findings.hung.append(what)
-        except OSError:
-            pass
-        findings.errors[code] += 1
-
-    def _next(self) -> dict[str, Any] | None:
-        while (frame := self._reader.next_frame()) is None:
-            count = self.socket.recv_into(self._reader.next_buffer())
-            if count == 0:
-                return None
-            self._reader.advance(count)
-        header: dict[str, Any] = msgpack.unpackb(frame.header)
-        return header
-
-
-@dataclass
 class Attack:
     """Noise and mutated frames for one server.
 
-    Attributes:
+    Args:
         address: the server's.
-        frames: of a real client, see `record`.
+        frames: of a real client, see `record_with_return`.
         seed: of all randomness.
         token: the server's, for what happens behind it; None where it has none.
         lanes: connections at once.
+
+    Raises:
+        ValueError: a client may send a kind of frame of which there is no real one.
     """
 
-    address: str
-    frames: Sequence[RealFrame]
-    seed: int = 0
-    token: bytes | None = None
-    lanes: int = 4
-    findings: Findings = field(default_factory=Findings)
+    def __init__(
+        self,
+        address: str,
+        frames: Sequence[RealFrame],
+        seed: int = 0,
+        token: bytes | None = None,
+        lanes: int = 4,
+    ) -> None:
+        self.targets = targets_of(has_token=token is not None)
+        samples = [*frames, *map(RealFrame.of, _MADE)]
+        if missing := {kind for _, kind in self.targets} - {frame.kind for frame in samples}:
+            raise ValueError(f"no real frame of these kinds was recorded: {', '.join(sorted(missing))}")
+        self._lanes = [_Lane(address, samples, self.targets, f"{seed} {n}", token) for n in range(lanes)]
 
-    def __post_init__(self) -> None:
-        kinds = [frame.kind for frame in self.frames]
-        after = self.frames[kinds.index("open") + 1 :]
-        ends = [number for number, frame in enumerate(after) if frame.kind == "commit"][:2]
-        self._session = after[: ends[-1] + 1]
-        self._rest = [frame for frame in after if frame.kind not in ("weights", "bye")][:40]
-        self._before = [frame for frame in self.frames if frame.kind in ("hello", "open")]
+    @property
+    def findings(self) -> Findings:
+        """What has come of it so far."""
+        return sum((lane.findings for lane in self._lanes), Findings())
+
+    @property
+    def missed(self) -> list[str]:
+        """Phases and kinds of which no mutated frame has been read yet."""
+        return sorted({_name(*target) for target in self.targets} - self.findings.frames.keys())
 
     def noise(self, nbytes: int) -> None:
         """Send so many random bytes, at all depths of the handshake and behind it."""
-        draw = random.Random(f"noise {self.seed}")
-        sizes = []
-        while sum(sizes) < nbytes:
-            sizes.append(draw.choice(_NOISE_SIZES))
-        self._each(self._noise_once, [(draw.random(), size) for size in sizes])
+        self._each(_Lane.noise, nbytes)
 
     def mutate(self, frames: int) -> None:
         """Send so many mutated frames: every third in a session, the others before there is one."""
-        draw = random.Random(f"mutate {self.seed}")
-        self._each(self._mutate_once, [(draw.random(), number % 3 == 0) for number in range(frames)])
+        self._each(_Lane.mutate, frames)
 
-    def _each(self, once: Callable[[random.Random, int], None], turns: Sequence[tuple[float, int]]) -> None:
-        with ThreadPoolExecutor(self.lanes) as pool:
-            for _ in pool.map(lambda turn: self._quietly(once, *turn), turns):
-                pass
+    def _each(self, once: Callable[[_Lane, random.Random], int], amount: int) -> None:
+        """Let each lane send its part."""
+        share = -(-amount // len(self._lanes))
+        with ThreadPoolExecutor(len(self._lanes)) as pool:
+            for done in [pool.submit(lane.repeat, once, share) for lane in self._lanes]:
+                done.result()
 
-    def _quietly(self, once: Callable[[random.Random, int], None], seed: float, what: int) -> None:
-        try:
-            once(random.Random(seed), what)
-        except Refused as refused:
-            self.findings.refused[str(refused)[:60]] += 1
-        except TimeoutError:
-            self.findings.hung.append(f"{once.__name__} {what}")
-        except (OSError, RemoteProtocolError) as error:
-            self.findings.errors[type(error).__name__] += 1
 
-    def _noise_once(self, draw: random.Random, size: int) -> None:
-        depth = draw.choice(["bare", "magic", "prelude", "hello", "welcomed", "open"])
-        noise = draw.randbytes(size)
-        with Intruder(self.address, self.frames, draw, self.token) as intruder:
+class _Lane:
+    """One connection after another, each attack drawn from the lane's seed and its number."""
+
+    def __init__(
+        self,
+        address: str,
+        frames: Sequence[RealFrame],
+        targets: Sequence[Target],
+        seed: str,
+        token: bytes | None,
+    ) -> None:
+        self.findings = Findings()
+        self._address, self._frames, self._seed, self._token = address, frames, seed, token
+        self._turns = 0
+        self._held: dict[bool, Held] = {}  # by whether it has its weights
+        kinds = [frame.kind for frame in frames]
+        self._step = frames[kinds.index("begin") : kinds.index("commit") + 1]
+        self._step = [frame for frame in self._step if frame.kind not in _ANY_TIME]
+        after = frames[kinds.index("open") + 1 : kinds.index("begin")]
+        self._weights = [frame for frame in after if frame.kind == "weights"]
+        self._others = [frame for frame in frames if frame.kind not in ("weights", "bye", "error")]
+        inside = [target for target in targets if target[0] is Phase.RUNNING]
+        outside = [target for target in targets if target[0] is not Phase.RUNNING]
+        self._targets = [_by_weight(inside), _by_weight(outside), _by_weight(outside)]
+
+    def repeat(self, once: Callable[[_Lane, random.Random], int], amount: int) -> None:
+        """Attack until so much has been read; not for ever, where the server lets nothing through."""
+        most = self._turns + 20 + 2 * amount
+        while amount > 0 and self._turns < most:
+            self._turns += 1
+            draw = random.Random(f"{self._seed} {self._turns}")
+            try:
+                amount -= once(self, draw)
+            except Refused as refused:
+                self.findings.lost[str(refused)[:60]] += 1
+            except (OSError, RemoteProtocolError) as error:
+                self.findings.lost[type(error).__name__] += 1
+
+    def noise(self, draw: random.Random) -> int:
+        """Send noise; return how many bytes of it have been read."""
+        depth = draw.choice(["bare", "magic", "prelude", "hello", "welcomed", "running"])
+        noise = draw.randbytes(draw.choice(_NOISE_SIZES))
+        with Intruder(self._address, self._frames, draw, self._token) as intruder:
             if depth == "hello":
-                intruder.socket.sendall(self._before[0].encode())
-            if depth in ("welcomed", "open"):
+                intruder.send(self._frames[0])
+            if depth in ("welcomed", "running"):
                 intruder.greet()
-            if depth == "open":
-                intruder.open()
+            if depth == "running":
+                self._enter(intruder, has_weights=True)
             start = {"magic": b"ISTH", "prelude": prelude(draw.randrange(4097), draw.randrange(2**16))}
-            if depth in ("hello", "welcomed", "open") and draw.random() < 0.5:
+            if depth in ("hello", "welcomed", "running") and draw.random() < 0.5:
                 # A right frame with noise for a header: nothing else comes as far as that.
                 noise = encode_frame_head(noise[: draw.randrange(1, 4000)], 0)
-            intruder.socket.sendall(start.get(depth, b"") + noise)
-            self.findings.noise_bytes += len(noise)
-            intruder.outcome(f"noise, {depth}", self.findings)
+            was_read = self._send(intruder, start.get(depth, b"") + noise, f"noise, {depth}")
+        count = len(noise) if was_read else 0
+        self.findings.noise_bytes += count
+        return count
 
-    def _mutate_once(self, draw: random.Random, inside: int) -> None:
+    def mutate(self, draw: random.Random) -> int:
+        """Send a mutated frame; return 1 where it has been read, else 0."""
+        turn, where = divmod(self._turns, 3)
+        targets = self._targets[where]
+        phase, kind = targets[turn % len(targets)]
         mutation = draw.choice(MUTATIONS)
-        with Intruder(self.address, self.frames, draw, self.token) as intruder:
-            if not inside:
-                real = draw.choice(self._before)
-                if real.kind == "open":
-                    intruder.greet()
-                elif draw.random() < 0.3 and self.token is not None:
-                    intruder.socket.sendall(self._before[0].encode())
-                    real = intruder.proof(intruder.receive("challenge"))
-                others: Sequence[RealFrame] = self.frames
+        with Intruder(self._address, self._frames, draw, self._token) as intruder:
+            last = b""
+            others: Sequence[RealFrame] = self._frames
+            if phase is Phase.RUNNING:
+                held, real = self._come_to_running(intruder, kind, draw)
+                others = [_numbered(frame, held) for frame in self._others]
+                # Aborting waits for what came before to be computed, and the second is no good, ever.
+                for message in (Abort(step=held.step + 1, reason=""), Fetch("nothing")):
+                    last += RealFrame.of(message).encode()
             else:
-                intruder.greet()
-                intruder.open()
-                place = draw.randrange(len(self._session))
-                intruder.play(self._session[:place])
-                real, others = self._session[place], self._rest
-            intruder.socket.sendall(mutation(draw, intruder.own(real), others))
-            self.findings.frames += 1
+                real = self._come_to(intruder, phase, kind, draw)
+            while (data := mutation(draw, real, others)) == real.encode():  # a payload's, where there is none
+                mutation = draw.choice(MUTATIONS)
             if draw.random() < 0.3:  # what comes after it
-                intruder.socket.sendall(draw.choice(others).encode())
-            intruder.outcome(f"{mutation.__name__} of {real.kind}", self.findings)
+                data += draw.choice(others).encode()
+            waits = phase is Phase.RUNNING and not is_unfinished(data + last)
+            what = _name(phase, kind)
+            was_read = self._send(intruder, data + last, f"{mutation.__name__} of {what}", waits=waits)
+        self.findings.frames[what] += was_read
+        return int(was_read)
+
+    def _send(self, intruder: Intruder, data: bytes, what: str, *, waits: bool = False) -> bool:
+        """Send what is wrong, and say whether it has been read."""
+        try:
+            code = intruder.outcome(data, waits=waits)
+        except TimeoutError:
+            self.findings.hung.append(what)
+            return False
+        if code is None:
+            self.findings.lost["dropped"] += 1
+            return False
+        self.findings.errors[code] += 1
+        return True
+
+    def _come_to(self, intruder: Intruder, phase: Phase, kind: str, draw: random.Random) -> RealFrame:
+        """Come to a phase before there is a session; return a right frame for it."""
+        if phase is Phase.CHALLENGED:
+            proof = intruder.challenge()
+            if kind == "proof":
+                return proof
+        elif phase is Phase.WELCOMED:
+            held = self._some_session() if kind == "resume" else None
+            intruder.greet()
+            if held is not None:
+                return intruder.resumption(held)
+            if kind == "open":
+                return intruder.opening()
+        else:
+            assert phase is Phase.START, f"nothing here comes to the phase {phase.value}"
+        return draw.choice([frame for frame in self._frames if frame.kind == kind])
+
+    def _come_to_running(self, intruder: Intruder, kind: str, draw: random.Random) -> tuple[Held, RealFrame]:
+        """Come to a place in a session where a frame of that kind is right; return that frame."""
+        intruder.greet()
+        held = self._enter(intruder, has_weights=kind != "weights")
+        if kind == "weights":
+            place = draw.randrange(len(self._weights))
+            intruder.play(self._weights[:place])
+            return held, self._weights[place]
+        if draw.random() < 0.2:
+            intruder.play([_numbered(frame, held) for frame in self._step])
+            held.step += 1
+        step = [_numbered(frame, held) for frame in self._step]
+        places = [place for place, frame in enumerate(step) if frame.kind == kind]
+        if places:
+            place = draw.choice(places)
+            intruder.play(step[:place])
+            return held, step[place]
+        if kind == "abort" or kind in _ANY_TIME:  # as right in a step
+            intruder.play(step[: draw.randrange(1, len(step))])
+        return held, _numbered(draw.choice([frame for frame in self._frames if frame.kind == kind]), held)
+
+    def _enter(self, intruder: Intruder, *, has_weights: bool) -> Held:
+        """Come to the session that this lane has, or to a new one where it has none."""
+        held = self._held.pop(has_weights, None)  # it is put back if the server goes on with it
+        if held is None:
+            held = intruder.open()
+            self.findings.opened += 1
+        else:
+            intruder.resume(held)
+        if has_weights and held.needs_weights:
+            intruder.play(self._weights)
+            held.needs_weights = False
+        if has_weights is held.needs_weights:
+            raise Refused("a mutated frame has brought the session its weights")
+        self._held[has_weights] = held
+        return held
+
+    def _some_session(self) -> Held:
+        """A session to resume."""
+        if True not in self._held:
+            with Intruder(self._address, self._frames, random.Random(self._turns), self._token) as intruder:
+                intruder.greet()
+                self._enter(intruder, has_weights=True)
+        return self._held[True]
+
+
+def _name(phase: Phase, kind: str) -> str:
+    return f"{phase.value} {kind}"
+
+
+def _by_weight(targets: Sequence[Target]) -> list[Target]:
+    """Repeat those more often that there is more to be wrong with."""
+    return [target for target in targets for _ in range(1 if target[1] in _ANY_TIME else 4)]
+
+
+def _numbered(frame: RealFrame, held: Held) -> RealFrame:
+    """The frame for where a session is: of its next step, or for a checkpoint of its last."""
+    header = dict(frame.header)
+    if "step" in header:
+        header["step"] = held.step + (frame.kind != "save")
+    if "keep" in header:
+        header["keep"] = held.step
+    return frame._replace(header=header)

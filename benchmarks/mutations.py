@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from wire.messages import MESSAGE_TYPES, RULES, Message
 from wire.prelude import FIELDS, MAGIC, PIECE, SPLIT, encode_frame_head, encode_piece_head, split_frame_head
 
 
@@ -28,6 +29,12 @@ class RealFrame(NamedTuple):
     def kind(self) -> str:
         """The message's."""
         return str(self.header.get("kind"))
+
+    @classmethod
+    def of(cls, message: Message) -> RealFrame:
+        """The frame of a message without a payload."""
+        fields = {name: getattr(message, name) for name in RULES[type(message)]}
+        return cls({"kind": message.kind, **fields}, b"")
 
     def encode(self) -> bytes:
         """As it went over the wire."""
@@ -101,8 +108,8 @@ def field_added(draw: random.Random, frame: RealFrame, others: Sequence[RealFram
 
 def kind_of_another(draw: random.Random, frame: RealFrame, others: Sequence[RealFrame]) -> bytes:
     """The fields of one message under the name of another."""
-    kinds = ("challenge", "welcome", "ready", "committed", "saved", "resume", "save", "error", "nonsense")
-    return RealFrame({**frame.header, "kind": draw.choice(kinds)}, frame.payload).encode()
+    kind = draw.choice([*MESSAGE_TYPES, "nonsense"])
+    return RealFrame({**frame.header, "kind": kind}, frame.payload).encode()
 
 
 def out_of_order(draw: random.Random, frame: RealFrame, others: Sequence[RealFrame]) -> bytes:
