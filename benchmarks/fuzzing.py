@@ -27,6 +27,7 @@ from wire.messages import Abort, Error, Fetch, Resume
 from wire.protocol import TRANSITIONS, Phase, Role
 
 _NOISE_SIZES = (1, 23, 24, 25, 100, 1000, 10_000, 65_536)
+_INSIDE = (Phase.REJOINING, Phase.RUNNING)  # a session
 _ANY_TIME = ("ping", "pong", "error", "bye")
 _MADE = (
     Abort(step=1, reason="not finite"),
@@ -125,7 +126,7 @@ class Attack:
         self._each(_Lane.noise, nbytes)
 
     def mutate(self, frames: int) -> None:
-        """Send so many mutated frames: every third in a session, the others before there is one."""
+        """Send so many mutated frames: every second in a session, the others before there is one."""
         self._each(_Lane.mutate, frames)
 
     def _each(self, once: Callable[[_Lane, random.Random], int], amount: int) -> None:
@@ -149,7 +150,7 @@ class _Lane:
     ) -> None:
         self.findings = Findings()
         self._address, self._frames, self._seed, self._token = address, frames, seed, token
-        self._turns = 0
+        self._turns = self._mutated = 0
         self._held: dict[bool, Held] = {}  # by whether it has its weights
         kinds = [frame.kind for frame in frames]
         self._step = frames[kinds.index("begin") : kinds.index("commit") + 1]
@@ -157,9 +158,9 @@ class _Lane:
         after = frames[kinds.index("open") + 1 : kinds.index("begin")]
         self._weights = [frame for frame in after if frame.kind == "weights"]
         self._others = [frame for frame in frames if frame.kind not in ("weights", "bye", "error")]
-        inside = [target for target in targets if target[0] is Phase.RUNNING]
-        outside = [target for target in targets if target[0] is not Phase.RUNNING]
-        self._targets = [_by_weight(inside), _by_weight(outside), _by_weight(outside)]
+        inside = [_by_weight([target for target in targets if target[0] is phase]) for phase in _INSIDE]
+        outside = _by_weight([target for target in targets if target[0] not in _INSIDE])
+        self._targets = [*inside, outside, outside]
 
     def repeat(self, once: Callable[[_Lane, random.Random], int], amount: int) -> None:
         """Attack until so much has been read; not for ever, where the server lets nothing through."""
@@ -196,15 +197,17 @@ class _Lane:
 
     def mutate(self, draw: random.Random) -> int:
         """Send a mutated frame; return 1 where it has been read, else 0."""
-        turn, where = divmod(self._turns, 3)
+        turn, where = divmod(self._mutated, len(self._targets))
+        self._mutated += 1
         targets = self._targets[where]
         phase, kind = targets[turn % len(targets)]
         mutation = draw.choice(MUTATIONS)
         with Intruder(self._address, self._frames, draw, self._token) as intruder:
             last = b""
             others: Sequence[RealFrame] = self._frames
-            if phase is Phase.RUNNING:
-                held, real = self._come_to_running(intruder, kind, draw)
+            if phase in _INSIDE:
+                come = self._come_to_running if phase is Phase.RUNNING else self._come_to_rejoining
+                held, real = come(intruder, kind, draw)
                 others = [_numbered(frame, held) for frame in self._others]
                 # Aborting waits for what came before to be computed, and the second is no good, ever.
                 for message in (Abort(step=held.step + 1, reason=""), Fetch("nothing")):
@@ -215,7 +218,7 @@ class _Lane:
                 mutation = draw.choice(MUTATIONS)
             if draw.random() < 0.3:  # what comes after it
                 data += draw.choice(others).encode()
-            waits = phase is Phase.RUNNING and not is_unfinished(data + last)
+            waits = phase in _INSIDE and not is_unfinished(data + last)
             what = _name(phase, kind)
             was_read = self._send(intruder, data + last, f"{mutation.__name__} of {what}", waits=waits)
         self.findings.frames[what] += was_read
@@ -249,6 +252,8 @@ class _Lane:
                 return intruder.opening()
         else:
             assert phase is Phase.START, f"nothing here comes to the phase {phase.value}"
+            if kind == "rejoin":
+                return intruder.rejoining(self._with_ticket())
         return draw.choice([frame for frame in self._frames if frame.kind == kind])
 
     def _come_to_running(self, intruder: Intruder, kind: str, draw: random.Random) -> tuple[Held, RealFrame]:
@@ -272,6 +277,28 @@ class _Lane:
             intruder.play(step[: draw.randrange(1, len(step))])
         return held, _numbered(draw.choice([frame for frame in self._frames if frame.kind == kind]), held)
 
+    def _come_to_rejoining(
+        self, intruder: Intruder, kind: str, draw: random.Random
+    ) -> tuple[Held, RealFrame]:
+        """Rejoin a session, and wait for nothing on the way to such a frame; return that frame."""
+        held = self._with_ticket()
+        intruder.send(intruder.rejoining(held))
+        step = [_numbered(frame, held) for frame in self._step]
+        places = [place for place, frame in enumerate(step) if frame.kind == kind]
+        place = draw.choice(places) if places else draw.randrange(len(step))
+        for frame in step[:place]:
+            intruder.send(frame)
+        if places:
+            return held, step[place]
+        return held, _numbered(draw.choice([frame for frame in self._frames if frame.kind == kind]), held)
+
+    def _with_ticket(self) -> Held:
+        """A session whose ticket has not been used."""
+        draw = random.Random(f"{self._seed} {self._turns} before")
+        with Intruder(self._address, self._frames, draw, self._token) as intruder:
+            intruder.greet()
+            return self._enter(intruder, has_weights=True)
+
     def _enter(self, intruder: Intruder, *, has_weights: bool) -> Held:
         """Come to the session that this lane has, or to a new one where it has none."""
         held = self._held.pop(has_weights, None)  # it is put back if the server goes on with it
@@ -290,11 +317,7 @@ class _Lane:
 
     def _some_session(self) -> Held:
         """A session to resume."""
-        if True not in self._held:
-            with Intruder(self._address, self._frames, random.Random(self._turns), self._token) as intruder:
-                intruder.greet()
-                self._enter(intruder, has_weights=True)
-        return self._held[True]
+        return self._held[True] if True in self._held else self._with_ticket()
 
 
 def _name(phase: Phase, kind: str) -> str:
@@ -302,8 +325,8 @@ def _name(phase: Phase, kind: str) -> str:
 
 
 def _by_weight(targets: Sequence[Target]) -> list[Target]:
-    """Repeat those more often that there is more to be wrong with."""
-    return [target for target in targets for _ in range(1 if target[1] in _ANY_TIME else 4)]
+    """Each once, and those again and again that there is more to be wrong with."""
+    return [target for turn in range(4) for target in targets if turn == 0 or target[1] not in _ANY_TIME]
 
 
 def _numbered(frame: RealFrame, held: Held) -> RealFrame:

@@ -18,11 +18,11 @@ import msgpack
 from benchmarks.fault_plans import UP, CutFrames, Fault, FrameCut, Plan
 from benchmarks.faulty_proxy import FaultyProxy
 from benchmarks.mutations import RealFrame
-from wire.auth import CLIENT_TOKEN, RESUME, prove
+from wire.auth import CLIENT_TOKEN, REJOIN, RESUME, prove
 from wire.config import DEFAULT_LIMITS
 from wire.errors import RemoteProtocolError
 from wire.frames import Frame, FrameReader, Limits
-from wire.messages import Proof, Resume
+from wire.messages import Proof, Rejoin, Resume
 
 PATIENCE_S = 20.0
 HEARTBEATS = ("ping", "pong")
@@ -155,12 +155,14 @@ class Held:
         secret: what resuming takes.
         step: the last one that both ends have concluded for sure.
         needs_weights: it has none yet, and can begin no step.
+        ticket: what rejoining takes.
     """
 
     key: bytes
     secret: bytes
     step: int
     needs_weights: bool
+    ticket: bytes
 
 
 class Intruder:
@@ -233,7 +235,7 @@ class Intruder:
         self.send(opening)
         ready = self.receive("ready")
         key, secret = opening.header["session"], opening.header["secret"]
-        return Held(key, secret, ready["step"], ready["need_weights"])
+        return Held(key, secret, ready["step"], ready["need_weights"], ready["ticket"])
 
     def resumption(self, held: Held) -> RealFrame:
         """What resumes a session, as a client that has dropped the step which may have been under way.
@@ -248,7 +250,18 @@ class Intruder:
         """Come to a session again."""
         self.send(self.resumption(held))
         ready = self.receive("ready")
-        held.step, held.needs_weights = ready["step"], ready["need_weights"]
+        held.step, held.needs_weights, held.ticket = ready["step"], ready["need_weights"], ready["ticket"]
+
+    def rejoining(self, held: Held) -> RealFrame:
+        """What rejoins a session in place of `greet` and `resume`, right after `ready` told its step."""
+        nonce = self._draw.randbytes(32)
+        mac = prove(held.secret, REJOIN, held.ticket, nonce, held.key)
+        own = {"session": held.key, "nonce": nonce, "mac": mac}
+        limits = {"max_header": DEFAULT_LIMITS.max_header, "max_payload": DEFAULT_LIMITS.max_payload}
+        version = self._hello.header["versions"][0]
+        return RealFrame.of(
+            Rejoin(version=version, **limits, **own, step=held.step, applied=True, scale=None)
+        )
 
     def play(self, frames: Sequence[RealFrame]) -> None:
         """Send frames of a session; each that has an answer waits for it."""
