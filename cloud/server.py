@@ -15,8 +15,9 @@ from pathlib import Path
 
 from cloud.device import Device
 from cloud.endpoint import monitoring_endpoint
+from cloud.limits import Crowded, Limits, TooLarge
 from cloud.monitoring import Monitor
-from cloud.register import Crowded, Limits, Register, TooLarge
+from cloud.register import Register
 from cloud.security import Security
 from cloud.service import Service
 from common.errors import IsthmusError, UserError
@@ -67,6 +68,8 @@ class ServerConfig:
             what there is.
         disk_limit: bytes of disk that one client's codecs may take.
         state_dir: where sessions are kept, so that they outlive this process; None for nowhere.
+        state_limit: bytes of disk that all of them may take there; None for half of what nothing else takes at the
+            start.
         park_after: seconds without a word from a client until its session leaves memory for `state_dir`.
         forget_after: seconds until nothing is left of it.
         metrics_port: port of Prometheus metrics and the health endpoint; None for none, 0 for a free one.
@@ -84,6 +87,7 @@ class ServerConfig:
     memory_limit: int | None = None
     disk_limit: int = 16 << 30
     state_dir: Path | None = None
+    state_limit: int | None = None
     park_after: float = 600.0
     forget_after: float = 7 * 24 * 3600.0
     metrics_port: int | None = None
@@ -110,6 +114,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         disk_bytes=config.disk_limit,
         park_s=config.park_after,
         forget_s=config.forget_after,
+        state_bytes=config.state_limit,
     )
     monitor = Monitor(device.name)
     with claimed(config.state_dir) as folder:

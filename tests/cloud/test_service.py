@@ -3,21 +3,26 @@ harms no other, and none is lost that somebody could come back for."""
 
 import asyncio
 import contextlib
+import json
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
 
 from cloud.device import Device
+from cloud.limits import Limits, Refused, TooLarge
 from cloud.monitoring import Monitor
-from cloud.register import Limits, Refused, Register
+from cloud.register import Register
 from cloud.service import Service
 from cloud.session import Session
+from cloud.state_folder import StateFolder
 from cloud.tenant import Tenant
 from common.errors import CheckpointFailed, IsthmusError
 from edge.job import prepare
@@ -193,7 +198,7 @@ def test_sweeping_goes_on_whatever_fails(
             register = serving.register
             monkeypatch.setattr(register, "_forget_old", fail)
             if isinstance(error, WireError):
-                monkeypatch.setattr(register, "_forget_old", lambda: None)
+                monkeypatch.setattr(register, "_forget_old", AsyncMock(return_value=0))
                 monkeypatch.setattr(register, "_sweep", fail)
                 register.tenants[bytes(16)] = Tenant(bytes(16), bytes(32), None, None, Monitor())  # type: ignore[arg-type]
             sweeping = asyncio.create_task(register.sweep())
@@ -367,5 +372,156 @@ def test_goodbye_leaves_nothing(spec: Any, tmp_path: Path) -> None:
             assert not serving.register.tenants
             assert not serving.register.visits
             assert not os.listdir(tmp_path)
+
+    run(test)
+
+
+# What is kept on disk.
+
+
+def in_use(folder: Path) -> int:
+    return sum(kept.nbytes for kept in StateFolder(folder, 0).look())
+
+
+async def parked(serving: Serving, spec: Any) -> Client:
+    client = await serving.at_rest(spec)
+    await serving.register.tenants[client.key].park()
+    return client
+
+
+def test_sessions_that_nobody_uses_are_forgotten_oldest_first_where_the_disk_is_needed(
+    spec: Any, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            clients = [await parked(serving, spec)]
+            one = in_use(tmp_path)
+            clients += [await parked(serving, spec), await parked(serving, spec)]
+            for age, client in enumerate(clients):
+                os.utime(tmp_path / client.key.hex(), (1e9 + age, 1e9 + age))
+        async with served(tmp_path, state_bytes=3 * one, forget_s=1e10) as serving:
+            client, attending = await serving.opened(spec)
+            client.say(Save(0, 0))
+            assert (await client.until(Saved)).error == ""
+            kept = set(os.listdir(tmp_path))
+            assert kept == {each.key.hex() for each in (*clients[1:], client)}
+            client.abort()
+            await ended(attending)
+
+    run(test)
+
+
+def test_new_session_is_refused_and_a_checkpoint_not_written_where_those_in_use_take_the_disk(
+    spec: Any, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            await serving.at_rest(spec)
+            one = in_use(tmp_path)
+        async with served(tmp_path / "small", state_bytes=one + one // 2) as serving:
+            client, attending = await serving.opened(spec)
+            client.say(Save(0, 0))
+            assert (await client.until(Saved)).error == ""
+            client.say(Save(0, 0))
+            second = await client.until(Saved, 2)
+            assert "--state-limit" in second.error
+            other = Client()
+            other.opens(spec)
+            with pytest.raises(Refused, match="--state-limit") as refused:
+                await serving.attend(other)
+            assert refused.value.code == "busy"
+            assert os.listdir(tmp_path / "small") == [client.key.hex()]
+            client.abort()
+            await ended(attending)
+            await serving.register.tenants[client.key].park()  # else nobody would ever get its room
+            client, _ = await serving.opened(spec)
+            client.say(Save(0, 0))
+            assert (await client.until(Saved)).error == ""
+
+    run(test)
+
+
+def test_nobody_is_forgotten_for_what_would_not_fit_all_the_same(spec: Any, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            client = await parked(serving, spec)
+        one = in_use(tmp_path)
+        async with served(tmp_path, state_bytes=2 * one) as serving:
+            working = await serving.at_rest(spec)
+            with pytest.raises(TooLarge, match="--state-limit"):
+                await serving.register.keep_room(2 * one + 1)
+            with pytest.raises(Refused, match="--state-limit"):
+                await serving.register.keep_room(one + one // 2)
+            assert set(os.listdir(tmp_path)) == {client.key.hex(), working.key.hex()}
+
+    run(test)
+
+
+def test_client_that_comes_back_while_its_session_is_forgotten_finds_all_of_it_or_nothing(
+    spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            clients = [await parked(serving, spec), await parked(serving, spec)]
+        async with served(tmp_path, forget_s=0.0) as serving:
+            looking, go, look = threading.Event(), threading.Event(), StateFolder.look
+
+            def slowly(folder: StateFolder) -> Any:
+                found = look(folder)
+                looking.set()
+                go.wait(30)
+                return found
+
+            monkeypatch.setattr(StateFolder, "look", slowly)
+            forgetting = asyncio.create_task(serving.register._forget_old())
+            await asyncio.to_thread(looking.wait, 30)
+            here, late = (Client(client.key, client.secret) for client in clients)
+            here.resumes(0, 0)
+            serving.attend(here)
+            await here.until(Ready)  # after it was found to be old, and before anything is removed
+            go.set()
+            await forgetting
+            late.resumes(0, 0)
+            with pytest.raises(Refused, match="does not know this session"):
+                await serving.attend(late)
+            assert os.listdir(tmp_path) == [here.key.hex()]
+            assert len(os.listdir(tmp_path / here.key.hex())) == 2
+
+    run(test)
+
+
+def test_no_more_sessions_are_kept_than_a_thousand_that_nobody_uses(
+    spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        monkeypatch.setattr("cloud.register._MOST_UNUSED", 1)
+        async with served(tmp_path) as serving:
+            clients = [await parked(serving, spec), await parked(serving, spec)]
+            os.utime(tmp_path / clients[1].key.hex(), (1e9, 1e9))
+            await serving.register._forget_old()
+            assert list(serving.register.tenants) == [clients[0].key]  # that this process parked them, too
+
+    run(test)
+
+
+def test_sessions_that_are_on_disk_count_as_parked_from_the_start(spec: Any, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            client = await parked(serving, spec)
+            await parked(serving, spec)
+        async with served(tmp_path) as serving:
+            sweeping = asyncio.create_task(serving.register.sweep())
+            health: dict[str, Any] = {}
+            while not health.get("parked"):
+                await asyncio.sleep(0.01)
+                health = json.loads(serving.register.monitor.health()[1])
+            assert health["parked"] == 2
+            again = Client(client.key, client.secret)
+            again.resumes(0, 0)
+            serving.attend(again)
+            await again.until(Ready)
+            health = json.loads(serving.register.monitor.health()[1])
+            assert (health["sessions"], health["parked"]) == (1, 1)
+            sweeping.cancel()
 
     run(test)
