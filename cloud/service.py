@@ -176,10 +176,9 @@ class Service:
 
     async def _meet(self, tenant: Tenant, message: Resume | Rejoin, theirs: Sequence[int]) -> None:
         """Bring a session to where both ends can go on."""
-        await tenant.saved()  # what is still being written counts
+        saved = await tenant.steps()
         if tenant.session is not None and tenant.session.broken:
             await tenant.close()
-        saved = [] if tenant.checkpoints is None else await asyncio.to_thread(tenant.checkpoints.steps)
         was_stored = tenant.session is None
         if was_stored:
             if not saved:

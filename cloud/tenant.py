@@ -10,6 +10,7 @@ A session in memory is at work or at rest; parked, only the folder is left of it
 
 import asyncio
 import json
+import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -22,7 +23,7 @@ from cloud.session import Session
 from common.checkpoints import CheckpointFolder
 from common.differences import check_same
 from common.disk import write_private
-from common.errors import IsthmusError, UserError
+from common.errors import CheckpointFailed, IsthmusError, UserError
 from common.snapshot import flatten
 from common.spec import JobSpec
 from wire.auth import REJOIN, is_proof
@@ -30,6 +31,8 @@ from wire.messages import Rejoin
 
 KEPT = 2
 """Checkpoints of a session that stay, besides the one that the client may still need."""
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "session.json"
 
@@ -143,6 +146,18 @@ class Tenant:
         tenant.asked_to_save = True
         return tenant
 
+    async def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that the session can go back to; those of damaged files are not.
+
+        Raises:
+            CheckpointFailed: the folder cannot be read.
+        """
+        await self.saved()  # what is still being written counts
+        if self.checkpoints is None:
+            return []
+        await asyncio.to_thread(self.checkpoints.check, logger.error)
+        return await asyncio.to_thread(self.checkpoints.steps)
+
     async def restore(self, step: int) -> None:
         """Go back to a checkpoint.
 
@@ -187,7 +202,10 @@ class Tenant:
             finally:
                 self._monitor.checkpoint_written(time.monotonic() - began_s, ok=ok)
             if keep is not None:
-                await asyncio.to_thread(self.checkpoints.prune, keep)
+                try:
+                    await asyncio.to_thread(self.checkpoints.prune, keep)
+                except CheckpointFailed as error:  # the new one is there all the same
+                    logger.error("session %s: %s", self.name, error)
 
     async def see_room(self, state: Any) -> None:
         """See that a state may be kept on disk.

@@ -14,7 +14,8 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Awaitable, Iterator, Mapping
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -55,13 +56,15 @@ class RunFolder:
     Args:
         path: the folder; it is made.
         keep: how many checkpoints stay.
+        warn: tells people.
 
     Raises:
         CheckpointFailed: it cannot be made or read.
     """
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    def __init__(self, path: Path, *, keep: int, warn: Callable[[str], object] = warnings.warn) -> None:
         self.path = path
+        self._warn = warn
         self._checkpoints = CheckpointFolder(path, keep=keep)
         self._here = set(self._checkpoints.steps())
         self._there: set[int] = set()
@@ -102,6 +105,18 @@ class RunFolder:
         finally:
             os.close(folder)
 
+    async def check(self) -> None:
+        """Read all checkpoints through, so that none is gone on from that the disk has damaged.
+
+        Raises:
+            CheckpointFailed: the folder cannot be read.
+        """
+        damaged: list[str] = []
+        await asyncio.to_thread(self._checkpoints.check, damaged.append)
+        self._here = set(self._checkpoints.steps())
+        for line in damaged:
+            self._warn(line)
+
     def check_unused(self) -> None:
         """See that a new run may begin here.
 
@@ -141,7 +156,17 @@ class RunFolder:
         state = await snapshot
         await asyncio.to_thread(self._checkpoints.write, step, state, about)
         self._here.add(step)
-        await asyncio.to_thread(self._prune)
+
+    async def prune(self) -> None:
+        """Remove the oldest checkpoints, down to the last few and the newest common one.
+
+        Raises:
+            CheckpointFailed: one cannot be removed.
+        """
+        try:
+            await asyncio.to_thread(self._checkpoints.prune, self.common)
+        finally:
+            self._here = set(await asyncio.to_thread(self._checkpoints.steps))
 
     def saved_there(self, step: int) -> None:
         """The server has written its checkpoint of a step."""
@@ -165,10 +190,6 @@ class RunFolder:
         self._there.add(step)
         self._here = set(self._checkpoints.steps())
         self._there = {saved for saved in self._there if saved <= step}
-
-    def _prune(self) -> None:
-        self._checkpoints.prune(self.common)
-        self._here = set(self._checkpoints.steps())
 
 
 def read_settings(path: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, SessionKey]:

@@ -102,12 +102,15 @@ class Trainer:
         """
         config = self._config
         if config.checkpoint is not None:
-            self._folder = RunFolder(config.checkpoint, keep=config.keep_checkpoints)
+            self._folder = RunFolder(
+                config.checkpoint, keep=config.keep_checkpoints, warn=self._progress.note
+            )
             if self._claim.remembers:
                 self._folder.check_unused()
         with ExitStack() as resources:
             if self._folder is not None:
                 resources.enter_context(self._folder.claimed())
+                await self._folder.check()
             resources.callback(self._progress.finish)
             self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
             resources.callback(lanes.close)

@@ -24,6 +24,7 @@ from cloud.service import Service
 from cloud.session import Session
 from cloud.state_folder import StateFolder
 from cloud.tenant import Tenant
+from common.checkpoints import CheckpointFolder
 from common.errors import CheckpointFailed, IsthmusError
 from edge.job import prepare
 from tests.cloud.fake_client import Client, Receipt
@@ -363,6 +364,23 @@ def test_checkpoints_that_are_asked_for_faster_than_they_are_written_are_not_cop
     run(test)
 
 
+def test_checkpoint_is_written_though_an_older_one_cannot_be_removed(
+    spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise CheckpointFailed("old checkpoints could not be removed")
+
+    async def test() -> None:
+        monkeypatch.setattr(CheckpointFolder, "prune", fail)
+        async with served(tmp_path) as serving:
+            client = await serving.at_rest(spec)  # is told that it is there
+            tenant = serving.register.tenants[client.key]
+            assert await tenant.steps() == [0]
+            assert "old checkpoints could not be removed" in caplog.text
+
+    run(test)
+
+
 def test_goodbye_leaves_nothing(spec: Any, tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as serving:
@@ -372,6 +390,36 @@ def test_goodbye_leaves_nothing(spec: Any, tmp_path: Path) -> None:
             assert not serving.register.tenants
             assert not serving.register.visits
             assert not os.listdir(tmp_path)
+
+    run(test)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_session_goes_back_behind_a_checkpoint_that_is_damaged(
+    spec: Any, tmp_path: Path, in_memory: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            client = await serving.at_rest(spec)
+            tenant = serving.register.tenants[client.key]
+            assert tenant.session is not None
+            tenant.session.concluded = 5
+            await tenant.park()
+        newest = tmp_path / client.key.hex() / "step-0000000005.safetensors"
+        content = bytearray(newest.read_bytes())
+        content[-100] ^= 1
+        newest.write_bytes(content)
+        async with served(tmp_path) as serving:
+            if in_memory:
+                tenant = serving.register.find(client.key)  # type: ignore[assignment]
+                serving.register.tenants[client.key] = tenant
+                await serving.service._build(tenant)
+            again = Client(client.key, client.secret)
+            again.resumes(None, 0, 5)
+            serving.attend(again)
+            assert (await again.until(Ready)).step == 0
+            assert f"{newest} IS DAMAGED" in caplog.text
+            assert newest.exists()
 
     run(test)
 

@@ -1,9 +1,12 @@
 """A run's settings are read back as they were, and what was given anew is told apart from what was there."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
+import torch
 
+from common.checkpoints import CheckpointFolder
 from common.errors import UserError
 from edge.config import TrainConfig
 from edge.run_folder import RunFolder, SessionKey, read_settings
@@ -45,3 +48,23 @@ def test_file_that_is_named_from_where_one_stands_is_the_same(
     config, _ = read_settings(run, {"bottleneck": Path("pair"), "compress": ("int8",), "server": "there:1"})
     assert config.bottleneck == Path("pair")
     assert config.server == "there:1"
+
+
+def test_checkpoint_that_is_damaged_is_not_gone_on_from(tmp_path: Path) -> None:
+    async def check() -> None:
+        folder = CheckpointFolder(tmp_path)
+        for step in (4, 8):
+            folder.write(step, [torch.ones(100)], {})
+        newest = folder.file_of(8)
+        newest.write_bytes(newest.read_bytes()[:-50] + bytes(50))
+        said: list[str] = []
+        run = RunFolder(tmp_path, keep=2, warn=said.append)
+        await run.check()
+        assert run.steps == [4]
+        assert len(said) == 1
+        assert f"{newest} IS DAMAGED" in said[0]
+        await run.went_back(4)
+        await run.prune()
+        assert newest.exists()
+
+    asyncio.run(check())
