@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from cloud.monitoring import Monitor
 from cloud.register import Register
 from cloud.security import Security
 from cloud.service import Service
+from common.disk import sole_user
 from common.errors import IsthmusError, UserError
 from common.runtime import default_threads, machine_bytes
 from wire.config import WireConfig
@@ -175,16 +175,11 @@ def claimed(folder: Path | None) -> Iterator[Path | None]:
         return
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UserError(f"--state-dir {folder} cannot be used: {error.strerror or error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with sole_user(lock, f"another cloud-server uses --state-dir {folder}; give each its own"):
         yield folder
-    except BlockingIOError:
-        raise UserError(f"another cloud-server uses --state-dir {folder}; give each its own") from None
-    finally:
-        os.close(lock)
 
 
 async def _serve_one(connection: Connection, service: Service, monitor: Monitor) -> None:

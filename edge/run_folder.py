@@ -10,7 +10,6 @@ side removes it before there is a newer one.
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import secrets
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import CheckpointFolder
-from common.disk import write_private
+from common.disk import sole_user, write_private
 from common.errors import CheckpointFailed, UserError
 from edge.config import TrainConfig
 
@@ -92,18 +91,8 @@ class RunFolder:
             UserError: one does.
         """
         folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another edge-client goes on with the run in {self.path}; end that first"
-                ) from None
-            except OSError:  # a network's file system may not know of locks
-                pass
+        with sole_user(folder, f"another edge-client goes on with the run in {self.path}; end that first"):
             yield
-        finally:
-            os.close(folder)
 
     async def check(self) -> None:
         """Read all checkpoints through, so that none is gone on from that the disk has damaged.
