@@ -136,6 +136,22 @@ class RunFolder:
         except OSError as error:
             raise CheckpointFailed(f"{path} cannot be written: {error.strerror or error}") from error
 
+    def update_settings(self, config: TrainConfig) -> None:
+        """Write down what was given anew when the run was resumed, so that it need not be given again.
+
+        Where it cannot be written that is said, and the run goes on.
+        """
+        path = self.path / _SETTINGS
+        try:
+            text = path.read_text()
+            updated = json.dumps({**json.loads(text), "settings": _plain(config)}, indent=1)
+            if updated != text:
+                write_private(path, updated)
+        except (OSError, ValueError) as error:
+            self._warn(
+                f"{path} CANNOT BE BROUGHT UP TO DATE: {error}; give the same options to the next --resume"
+            )
+
     async def write(self, step: int, snapshot: Awaitable[Any], about: Mapping[str, Any]) -> None:
         """Write a checkpoint, beside whatever goes on.
 

@@ -173,6 +173,7 @@ class Trainer:
         self._tuner = Tuner(config.chunks, config.depth)
         self._evaluations = Evaluations(job, self._progress, lambda: self._supervisor.stopping)
         if self._folder is not None:
+            self._folder.update_settings(config)
             self._saves = Saves(self._folder, config.checkpoint_every, about(job), self._progress.note)
         self._records.open(job, resources, append=not self._claim.remembers)
         self._progress.note(describe(job, ready))

@@ -1,6 +1,7 @@
 """A run's settings are read back as they were, and what was given anew is told apart from what was there."""
 
 import asyncio
+import stat
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ from edge.run_folder import RunFolder, SessionKey, read_settings
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     config = TrainConfig(
-        server="127.0.0.1:1", cuts=("stem", "blocks"), compress="int8", bottleneck=tmp_path / "pair"
+        server="127.0.0.1:1",
+        cuts=("stem", "blocks"),
+        compress="int8",
+        bottleneck=tmp_path / "pair",
+        checkpoint=folder,
     )
     RunFolder(folder, keep=2).write_settings(config, SessionKey.new())
     return folder
@@ -68,3 +73,30 @@ def test_checkpoint_that_is_damaged_is_not_gone_on_from(tmp_path: Path) -> None:
         assert newest.exists()
 
     asyncio.run(check())
+
+
+def test_what_is_given_to_one_resume_need_not_be_given_to_the_next(run: Path) -> None:
+    config, key = read_settings(run, {"server": "there:2"})
+    RunFolder(run, keep=2, warn=pytest.fail).update_settings(config)
+    assert read_settings(run, {}) == (config, key)
+    assert stat.S_IMODE((run / "run.json").stat().st_mode) == 0o600
+
+
+def test_settings_that_are_as_they_were_are_not_written_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.run_folder.write_private", pytest.fail)
+    RunFolder(run, keep=2, warn=pytest.fail).update_settings(read_settings(run, {})[0])
+
+
+def test_run_goes_on_where_its_settings_cannot_be_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "no space left on device")
+
+    said: list[str] = []
+    monkeypatch.setattr("edge.run_folder.write_private", full)
+    before = read_settings(run, {})
+    RunFolder(run, keep=2, warn=said.append).update_settings(read_settings(run, {"server": "there:2"})[0])
+    assert read_settings(run, {}) == before
+    assert len(said) == 1
+    assert "no space left on device" in said[0]
