@@ -381,6 +381,31 @@ def test_checkpoint_is_written_though_an_older_one_cannot_be_removed(
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(torch.OutOfMemoryError("no"), IsthmusError), (RuntimeError("a defect"), RuntimeError)],
+)
+def test_step_that_cannot_begin_ends_the_conversation_at_once(
+    spec: Any, error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    async def test() -> None:
+        async with served(None) as serving:
+            client, attending = await serving.opened(spec)
+            session = serving.register.tenants[client.key].session
+            assert session is not None
+            monkeypatch.setattr(session.middle.stage, "begin_step", fail)
+            client.say(Begin(1, 1, evaluate=False))
+            with pytest.raises(raised):
+                await attending
+            assert session.broken
+            assert not serving.register.tenants
+
+    run(test)
+
+
 def test_goodbye_leaves_nothing(spec: Any, tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as serving:
