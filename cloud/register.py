@@ -271,8 +271,8 @@ class Register:
                         why = "nobody came back for it" if is_old else "others need its room on disk"
                         logger.warning("session %s is forgotten: %s", each.key.hex()[:8], why)
             self._kept = frozenset(each.key for each in kept) - gone
-            await asyncio.to_thread(self._folder.clear)
-            return excess
+        await asyncio.to_thread(self._folder.clear)
+        return excess
 
     def _is_unused(self, key: bytes) -> bool:
         """Whether a session is on disk alone, and nobody asks for it."""
