@@ -88,7 +88,7 @@ class Link:
             PeerError: the server refuses; its message says why.
         """
         await self.send(Open(session=key.session, secret=key.secret, spec=spec.to_map()))
-        return await self._taken_up()
+        return await self.taken_up()
 
     async def resume(self, key: SessionKey, outcome: Outcome | None, saved: Sequence[int]) -> Ready:
         """Ask for a job that the server had before.
@@ -114,10 +114,14 @@ class Link:
                 saved=saved,
             )
         )
-        return await self._taken_up()
+        return await self.taken_up()
 
-    async def _taken_up(self) -> Ready:
-        """Wait until the server has the job ready; its heartbeats do not say that it will ever be."""
+    async def taken_up(self) -> Ready:
+        """Wait until the server has the job ready; its heartbeats do not say that it will ever be.
+
+        Raises:
+            ConnectionLost: it takes too long, or the link failed.
+        """
         try:
             async with asyncio.timeout(READY_S):
                 return await self.answered(self._ready)
@@ -262,6 +266,8 @@ async def open_link(
         async with asyncio.TaskGroup() as tasks:
             link = Link(connection, tracer, tasks, is_back=coming_back is not None)
             link.start_receiving()
+            if link.is_back:
+                tasks.create_task(link.taken_up())
             yield link
             link.stop_receiving()
     except BaseExceptionGroup as group:

@@ -15,7 +15,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,30 @@ class RunFolder:
         self._there.add(step)
         self._here = set(self._checkpoints.steps())
         self._there = {saved for saved in self._there if saved <= step}
+
+
+async def open_folder(
+    config: TrainConfig, resources: ExitStack, warn: Callable[[str], object], *, is_new: bool
+) -> RunFolder:
+    """Open the folder of a run, for this process alone until `resources` are closed.
+
+    Args:
+        config: of the run, which is to be kept.
+        resources: end the claim to it.
+        warn: tells people.
+        is_new: the run begins here; else it goes on from what is there, but for what the disk has damaged.
+
+    Raises:
+        UserError: there is another run already, or another process goes on with it.
+        CheckpointFailed: it cannot be made or read.
+    """
+    assert config.checkpoint is not None
+    folder = RunFolder(config.checkpoint, keep=config.keep_checkpoints, warn=warn)
+    if is_new:
+        folder.check_unused()
+    resources.enter_context(folder.claimed())
+    await folder.check()
+    return folder
 
 
 def read_settings(path: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, SessionKey]:

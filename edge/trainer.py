@@ -21,7 +21,7 @@ from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
 from edge.records import Records
 from edge.result import TrainResult, fetch_state, kept, save_state, write_trace
-from edge.run_folder import RunFolder, SessionKey
+from edge.run_folder import RunFolder, SessionKey, open_folder
 from edge.saves import Saves, about
 from edge.supervisor import Supervisor
 from edge.tuner import Tuner
@@ -101,16 +101,10 @@ class Trainer:
             WireError: the link failed, for good.
         """
         config = self._config
-        if config.checkpoint is not None:
-            self._folder = RunFolder(
-                config.checkpoint, keep=config.keep_checkpoints, warn=self._progress.note
-            )
-            if self._claim.remembers:
-                self._folder.check_unused()
         with ExitStack() as resources:
-            if self._folder is not None:
-                resources.enter_context(self._folder.claimed())
-                await self._folder.check()
+            if config.checkpoint is not None:
+                is_new = self._claim.remembers
+                self._folder = await open_folder(config, resources, self._progress.note, is_new=is_new)
             resources.callback(self._progress.finish)
             self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
             resources.callback(lanes.close)

@@ -11,7 +11,7 @@ import pytest
 from common.errors import TrainingStopped
 from common.schedule import Action, Schedule, edge_schedule
 from common.trace import Tracer
-from edge.link import Link
+from edge.link import Link, open_link
 from edge.passes import Pass
 from edge.reconnect import may_pass
 from edge.run_folder import SessionKey
@@ -92,6 +92,25 @@ def test_server_that_never_has_the_job_ready_counts_as_a_lost_connection(
 
     monkeypatch.setattr("edge.link.READY_S", 0.01)
     asyncio.run(opens())
+
+
+def test_server_that_never_answers_who_comes_back_counts_as_a_lost_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def connect(*_: object) -> Any:
+        connection: Any = Connection()
+        connection.abort = connection.broken.set
+        return connection
+
+    async def come_back() -> None:
+        back: Any = object()
+        async with asyncio.timeout(30), open_link("there", 1, Tracer("edge", enabled=False), None, back):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("edge.link.READY_S", 0.01)
+    monkeypatch.setattr("edge.link.connect", connect)
+    with pytest.raises(ConnectionLost, match="did not have the job ready after"):
+        asyncio.run(come_back())
 
 
 class Stuck(Pass):
