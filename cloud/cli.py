@@ -50,6 +50,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Keep sessions here, so that clients can go on after this server was started again.",
 )
 @click.option(
+    "--state-limit",
+    callback=_size,
+    metavar="SIZE",
+    help="Disk for all that is kept there, such as 100G.  [default: half of what is free at the start]",
+)
+@click.option(
     "--park-after",
     default=600.0,
     type=click.FloatRange(1.0),
@@ -107,6 +113,7 @@ def cli(
     memory_limit: int | None,
     disk_limit: int,
     state_dir: Path | None,
+    state_limit: int | None,
     park_after: float,
     forget_after: float,
     metrics_port: int | None,
@@ -171,6 +178,7 @@ def cli(
             memory_limit=memory_limit,
             disk_limit=disk_limit,
             state_dir=state_dir,
+            state_limit=state_limit,
             park_after=park_after,
             forget_after=forget_after,
             metrics_port=metrics_port,

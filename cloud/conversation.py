@@ -178,7 +178,7 @@ class Conversation:
         if not message.evaluate:
             if message.step <= session.concluded:
                 raise RemoteProtocolError(f"step {message.step} begins after step {session.concluded}")
-            session.begin()
+            self._tasks.create_task(session.begin())
         passing = Passing(
             step=message.step,
             evaluate=message.evaluate,

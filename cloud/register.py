@@ -3,18 +3,20 @@
 import asyncio
 import contextlib
 import logging
-import shutil
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloud.conversation import Conversation
+from cloud.limits import Crowded, Limits, Refused, TooLarge
 from cloud.monitoring import Monitor
+from cloud.state_folder import StateFolder
 from cloud.streams import GIB
 from cloud.tenant import Tenant
 from common.errors import IsthmusError
 from common.runtime import release_memory
+from common.spec import JobSpec
 from wire.errors import WireError
 from wire.transport import Connection
 
@@ -28,52 +30,6 @@ _LOST_S = 60.0
 """A session that is kept nowhere may go after so long without its client, where another needs the room."""
 _MOST_UNUSED = 1000
 """Sessions on disk that are not in memory; the one that was not used for longest is forgotten first."""
-
-
-class Refused(IsthmusError):
-    """A client cannot be served.
-
-    Args:
-        code: one word for the client's program.
-        message: one line for people.
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        self.code = code
-        super().__init__(message)
-
-
-class TooLarge(Refused):
-    """A session takes more memory than all of them may have."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("refused", message)
-
-
-class Crowded(Refused):
-    """There is no memory for a session while others have theirs."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("busy", message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What sessions may take.
-
-    Attributes:
-        sessions: at work or at rest in memory.
-        memory_bytes: that all sessions in memory may take.
-        disk_bytes: of disk that one client's codecs may take.
-        park_s: seconds without a word from a client until its session leaves memory.
-        forget_s: seconds until nothing is left of it.
-    """
-
-    sessions: int
-    memory_bytes: int
-    disk_bytes: int
-    park_s: float
-    forget_s: float
 
 
 @dataclass(frozen=True)
@@ -109,20 +65,23 @@ class Register:
         self.visits: dict[bytes, Visit] = {}
         self.limits = limits
         self.monitor = monitor
-        self._folder = folder
+        self._folder = None if folder is None else StateFolder(folder, limits.state_bytes)
+        self._kept: frozenset[bytes] = frozenset()  # on disk, when that was last looked at
+        self._forgetting = asyncio.Lock()
         self._admission = asyncio.Lock()
         self._memory = threading.Lock()
         self._most_in_memory = 0  # since the last sweep
 
-    def folder_of(self, key: bytes) -> Path | None:
-        """Return where a session is kept on disk."""
-        return None if self._folder is None else self._folder / key.hex()
+    def new(self, key: bytes, secret: bytes, spec: JobSpec) -> Tenant:
+        """Make a session, with a folder where sessions are kept on disk."""
+        folder = None if self._folder is None else self._folder.of(key)
+        return Tenant(key, secret, spec, folder, self.monitor, self.keep_room)
 
     def find(self, key: bytes) -> Tenant | None:
         """Return a session, in memory or on disk."""
         tenant = self.tenants.get(key)
         if tenant is None and self._folder is not None:
-            tenant = Tenant.found(key, self._folder / key.hex(), self.monitor)
+            tenant = Tenant.found(key, self._folder.of(key), self.monitor, self.keep_room)
         return tenant
 
     async def admit(self, tenant: Tenant) -> None:
@@ -223,8 +182,9 @@ class Register:
 
     def count(self) -> None:
         """Tell how many sessions there are."""
-        parked = sum(tenant.session is None for tenant in self.tenants.values())
-        self.monitor.set_sessions(active=len(self.visits), parked=parked)
+        parked = {key for key, tenant in self.tenants.items() if tenant.session is None}
+        parked |= self._kept - self.tenants.keys()
+        self.monitor.set_sessions(active=len(self.visits), parked=len(parked))
 
     async def sweep(self) -> None:
         """Park and forget, for ever, what its clients have left."""
@@ -234,15 +194,15 @@ class Register:
                     await self._sweep(tenant)
                 except FAILURES as error:
                     logger.error("session %s cannot be parked: %s", tenant.name, error)
+            try:
+                await self._forget_old()
+            except OSError as error:
+                logger.error("old sessions cannot be looked for: %s", error)
             self.count()
             in_memory = sum(tenant.in_memory for tenant in self.tenants.values())
             if in_memory < self._most_in_memory:
                 await asyncio.to_thread(release_memory)
             self._most_in_memory = in_memory
-            try:
-                await asyncio.to_thread(self._forget_old)
-            except OSError as error:
-                logger.error("old sessions cannot be looked for: %s", error)
             await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
 
     async def _sweep(self, tenant: Tenant) -> None:
@@ -254,20 +214,72 @@ class Register:
         elif tenant.session is not None and tenant.checkpoints is not None:
             await self._rest(tenant)
 
-    def _forget_old(self) -> None:
-        """Remove the folders of sessions that nobody has used for long."""
+    async def keep_room(self, nbytes: int) -> None:
+        """See that so much more may be kept on disk, at the cost of sessions that nobody uses.
+
+        Raises:
+            TooLarge: it is more than all may take.
+            Refused: those that are used take too much.
+        """
         if self._folder is None:
             return
-        oldest_s = time.time() - self.limits.forget_s
-        unused: list[tuple[float, Path]] = []
-        for folder in self._folder.iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                if bytes.fromhex(folder.name) not in self.tenants:
-                    unused.append((folder.stat().st_mtime, folder))
-        unused.sort(reverse=True)
-        for number, (used_s, folder) in enumerate(unused):
-            if used_s < oldest_s or number >= _MOST_UNUSED:
-                shutil.rmtree(folder, ignore_errors=True)
+        most = f"{self._folder.most_bytes / GIB:.3g} GiB (--state-limit)"
+        if nbytes > self._folder.most_bytes:
+            raise TooLarge(
+                f"{nbytes / GIB:.3g} GiB are to be kept on the server's disk, which has {most} for all"
+            )
+        try:
+            excess = await self._forget_old(nbytes)
+        except OSError as error:
+            raise Refused("busy", f"the server's --state-dir fails: {error.strerror or error}") from error
+        if excess > 0:
+            raise Refused(
+                "busy", f"sessions in use take all that the server keeps on disk, {most}; try later"
+            )
+
+    async def _forget_old(self, more: int = 0) -> int:
+        """Remove sessions from disk that nobody has used for long, or that others need the room of, oldest first.
+
+        Args:
+            more: bytes that there has to be room for. Nothing goes where that would not suffice.
+
+        Returns:
+            Bytes by which that fails; at most 0 where it does not.
+
+        Raises:
+            OSError: they cannot be looked for.
+        """
+        if self._folder is None:
+            return 0
+        async with self._forgetting:
+            kept = await asyncio.to_thread(self._folder.look)
+            excess = more + sum(each.nbytes for each in kept) - self._folder.most_bytes
+            # No waiting from here: a client that comes finds its session whole and in use, or does not find it.
+            unused = [each for each in kept if self._is_unused(each.key)]
+            if more and excess > sum(each.nbytes for each in unused):
+                return excess
+            oldest_s = time.time() - self.limits.forget_s
+            gone = set()
+            for left, each in zip(range(len(unused), 0, -1), unused, strict=True):
+                is_old = each.used_s < oldest_s
+                if is_old or left > _MOST_UNUSED or excess > 0:
+                    with contextlib.suppress(OSError):
+                        self._folder.set_aside(each.key)
+                        self.tenants.pop(each.key, None)
+                        gone.add(each.key)
+                        excess -= each.nbytes
+                        why = "nobody came back for it" if is_old else "others need its room on disk"
+                        logger.warning("session %s is forgotten: %s", each.key.hex()[:8], why)
+            self._kept = frozenset(each.key for each in kept) - gone
+        await asyncio.to_thread(self._folder.clear)
+        return excess
+
+    def _is_unused(self, key: bytes) -> bool:
+        """Whether a session is on disk alone, and nobody asks for it."""
+        tenant = self.tenants.get(key)
+        if tenant is None:
+            return True
+        return not (tenant.in_memory or tenant.lock.locked() or key in self.visits)
 
     async def end(self, tenant: Tenant) -> None:
         """Give a session up whose client has nothing of it yet."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -15,10 +14,12 @@ from pathlib import Path
 
 from cloud.device import Device
 from cloud.endpoint import monitoring_endpoint
+from cloud.limits import Crowded, Limits, TooLarge
 from cloud.monitoring import Monitor
-from cloud.register import Crowded, Limits, Register, TooLarge
+from cloud.register import Register
 from cloud.security import Security
 from cloud.service import Service
+from common.disk import sole_user
 from common.errors import IsthmusError, UserError
 from common.runtime import default_threads, machine_bytes
 from wire.config import WireConfig
@@ -67,6 +68,8 @@ class ServerConfig:
             what there is.
         disk_limit: bytes of disk that one client's codecs may take.
         state_dir: where sessions are kept, so that they outlive this process; None for nowhere.
+        state_limit: bytes of disk that all of them may take there; None for half of what nothing else takes at the
+            start.
         park_after: seconds without a word from a client until its session leaves memory for `state_dir`.
         forget_after: seconds until nothing is left of it.
         metrics_port: port of Prometheus metrics and the health endpoint; None for none, 0 for a free one.
@@ -84,6 +87,7 @@ class ServerConfig:
     memory_limit: int | None = None
     disk_limit: int = 16 << 30
     state_dir: Path | None = None
+    state_limit: int | None = None
     park_after: float = 600.0
     forget_after: float = 7 * 24 * 3600.0
     metrics_port: int | None = None
@@ -110,6 +114,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         disk_bytes=config.disk_limit,
         park_s=config.park_after,
         forget_s=config.forget_after,
+        state_bytes=config.state_limit,
     )
     monitor = Monitor(device.name)
     with claimed(config.state_dir) as folder:
@@ -170,16 +175,11 @@ def claimed(folder: Path | None) -> Iterator[Path | None]:
         return
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UserError(f"--state-dir {folder} cannot be used: {error.strerror or error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with sole_user(lock, f"another cloud-server uses --state-dir {folder}; give each its own"):
         yield folder
-    except BlockingIOError:
-        raise UserError(f"another cloud-server uses --state-dir {folder}; give each its own") from None
-    finally:
-        os.close(lock)
 
 
 async def _serve_one(connection: Connection, service: Service, monitor: Monitor) -> None:

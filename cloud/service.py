@@ -10,8 +10,9 @@ import torch
 
 from cloud.conversation import Conversation
 from cloud.device import Device
+from cloud.limits import Crowded, Refused
 from cloud.meeting import meet
-from cloud.register import FAILURES, Crowded, Refused, Register, Visit
+from cloud.register import FAILURES, Register, Visit
 from cloud.session import Session
 from cloud.tenant import Tenant
 from cloud.turns import Turns
@@ -104,13 +105,13 @@ class Service:
         if self.draining:
             raise Refused("draining", "the server is shutting down; come back later")
         spec = JobSpec.from_map(message.spec)
-        folder = self._register.folder_of(message.session)
-        tenant = Tenant(message.session, message.secret, spec, folder, self._register.monitor)
+        tenant = self._register.new(message.session, message.secret, spec)
         await tenant.lock.acquire()
         self._register.tenants[tenant.key] = tenant
         try:
             await self._build(tenant)
             assert tenant.session is not None
+            await tenant.see_room(tenant.session.middle.stage.partition.state_dict())  # of a first checkpoint
             tenant.resolved(tenant.session.middle.memory_format)
             tenant.describe()
         except BaseException:
@@ -175,10 +176,9 @@ class Service:
 
     async def _meet(self, tenant: Tenant, message: Resume | Rejoin, theirs: Sequence[int]) -> None:
         """Bring a session to where both ends can go on."""
-        await tenant.saved()  # what is still being written counts
+        saved = await tenant.steps()
         if tenant.session is not None and tenant.session.broken:
             await tenant.close()
-        saved = [] if tenant.checkpoints is None else await asyncio.to_thread(tenant.checkpoints.steps)
         was_stored = tenant.session is None
         if was_stored:
             if not saved:

@@ -6,7 +6,7 @@ but one that only lacks the client's word is kept as *pending*, for the client m
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -48,7 +48,8 @@ class Session:
         concluded: the last step that was applied or dropped; 0 before the first.
         pending: the step after it, where that only lacks the client's word.
         applied: steps applied so far, which what crosses may depend on.
-        broken: it was changed halfway, by the end of a step or by a snapshot; only `restore` makes it usable again.
+        broken: it was changed halfway, by a step that began or ended or by a snapshot; only `restore` makes it usable
+            again.
     """
 
     def __init__(self, spec: JobSpec, device: Device, turns: Turns, threads: int) -> None:
@@ -128,9 +129,11 @@ class Session:
         """Return parameters and buffers, by name, in host memory."""
         return await self.lanes.run(COMPUTE, "state", self.work.between, self.middle.state)
 
-    def begin(self) -> None:
-        """Begin a training step, in order with what is queued."""
-        self.lanes.run(COMPUTE, "begin", self.work.between, self.middle.stage.begin_step)
+    def begin(self) -> Coroutine[Any, Any, None]:
+        """Begin a training step, in order with what is queued when this is called; await that it has begun."""
+        beginning = self.lanes.run(COMPUTE, "begin", self.work.between, self.middle.stage.begin_step)
+        beginning.add_done_callback(self._ended)
+        return _carried_through(beginning)
 
     def conclude(self, step: int, *, applied: bool, scale: float | None = None) -> asyncio.Future[Any]:
         """End a step, in order with what is queued; shield the result, so that it is carried through.
@@ -147,11 +150,11 @@ class Session:
             self.lanes.run(COMPUTE, "commit" if applied else "rollback", self.work.between, *end),
             *self._coders.settle(applied=applied),
         )
-        self._concluding.add_done_callback(self._concluded)
+        self._concluding.add_done_callback(self._ended)
         return self._concluding
 
-    def _concluded(self, concluding: asyncio.Future[Any]) -> None:
-        self.broken |= concluding.cancelled() or concluding.exception() is not None
+    def _ended(self, change: asyncio.Future[Any]) -> None:
+        self.broken |= change.cancelled() or change.exception() is not None
 
     def busy_s(self, sent: Sent) -> dict[str, float]:
         """Return the seconds that each lane has worked, and the connection was sending."""
@@ -256,6 +259,10 @@ class Session:
         self.concluded, self.applied, self._stored = step, state["applied"], state["pending"]
         self.pending = None if self._stored is None else self._stored["step"]
         self.broken = False
+
+
+async def _carried_through(change: asyncio.Future[None]) -> None:
+    await asyncio.shield(change)
 
 
 def _nothing() -> None:

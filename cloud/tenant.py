@@ -10,8 +10,10 @@ A session in memory is at work or at rest; parked, only the folder is left of it
 
 import asyncio
 import json
+import logging
 import shutil
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from cloud.session import Session
 from common.checkpoints import CheckpointFolder
 from common.differences import check_same
 from common.disk import write_private
-from common.errors import IsthmusError, UserError
+from common.errors import CheckpointFailed, IsthmusError, UserError
+from common.snapshot import flatten
 from common.spec import JobSpec
 from wire.auth import REJOIN, is_proof
 from wire.messages import Rejoin
@@ -29,7 +32,11 @@ from wire.messages import Rejoin
 KEPT = 2
 """Checkpoints of a session that stay, besides the one that the client may still need."""
 
+logger = logging.getLogger(__name__)
+
 _DESCRIPTION = "session.json"
+
+KeepRoom = Callable[[int], Awaitable[None]]
 
 
 class Tenant:
@@ -41,6 +48,7 @@ class Tenant:
         spec: the job.
         folder: where it is kept on disk; None for nowhere.
         monitor: is told of checkpoints.
+        keep_room: sees that so many bytes more may be kept on disk, or raises an IsthmusError; None where all may.
 
     Attributes:
         session: at work or at rest; None while it is parked or not built yet.
@@ -54,7 +62,13 @@ class Tenant:
     """
 
     def __init__(
-        self, key: bytes, secret: bytes, spec: JobSpec, folder: Path | None, monitor: Monitor
+        self,
+        key: bytes,
+        secret: bytes,
+        spec: JobSpec,
+        folder: Path | None,
+        monitor: Monitor,
+        keep_room: KeepRoom | None = None,
     ) -> None:
         self.key, self.secret, self.spec = key, secret, spec
         self.session: Session | None = None
@@ -66,6 +80,7 @@ class Tenant:
         self.ticket: bytes | None = None
         self._folder = folder
         self._monitor = monitor
+        self._keep_room = keep_room
         self._writing = asyncio.Lock()
         self._saving: set[asyncio.Task[None]] = set()
         self._parked: int | None = None  # the step of a checkpoint that was written for parking alone
@@ -120,16 +135,28 @@ class Tenant:
             ) from error
 
     @classmethod
-    def found(cls, key: bytes, folder: Path, monitor: Monitor) -> "Tenant | None":
+    def found(cls, key: bytes, folder: Path, monitor: Monitor, keep_room: KeepRoom) -> "Tenant | None":
         """Find a session on disk; None where there is none that can be read."""
         try:
             description = json.loads((folder / _DESCRIPTION).read_text())
             secret, spec = bytes.fromhex(description["secret"]), JobSpec.from_map(description["spec"])
-            tenant = cls(key, secret, spec, folder, monitor)
+            tenant = cls(key, secret, spec, folder, monitor, keep_room)
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
         tenant.asked_to_save = True
         return tenant
+
+    async def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that the session can go back to; those of damaged files are not.
+
+        Raises:
+            CheckpointFailed: the folder cannot be read.
+        """
+        await self.saved()  # what is still being written counts
+        if self.checkpoints is None:
+            return []
+        await asyncio.to_thread(self.checkpoints.check, logger.error)
+        return await asyncio.to_thread(self.checkpoints.steps)
 
     async def restore(self, step: int) -> None:
         """Go back to a checkpoint.
@@ -168,12 +195,26 @@ class Tenant:
         async with self._writing:
             began_s, ok = time.monotonic(), False
             try:
+                if keep is not None:  # parked, it is one that nobody uses, and may be forgotten to make room
+                    await self.see_room(state)
                 await asyncio.to_thread(self.checkpoints.write, step, state, self._about())
                 ok = True
             finally:
                 self._monitor.checkpoint_written(time.monotonic() - began_s, ok=ok)
             if keep is not None:
-                await asyncio.to_thread(self.checkpoints.prune, keep)
+                try:
+                    await asyncio.to_thread(self.checkpoints.prune, keep)
+                except CheckpointFailed as error:  # the new one is there all the same
+                    logger.error("session %s: %s", self.name, error)
+
+    async def see_room(self, state: Any) -> None:
+        """See that a state may be kept on disk.
+
+        Raises:
+            IsthmusError: there is no room for it.
+        """
+        if self._folder is not None and self._keep_room is not None:
+            await self._keep_room(sum(tensor.nbytes for tensor in flatten(state)[0].values()))
 
     def _about(self) -> dict[str, Any]:
         return {"part": "middle", "spec": self.spec.to_map()}

@@ -81,7 +81,7 @@ class Work:
 
     def between(self, work: Callable[..., T], *args: object) -> T:
         """Run what begins or ends a step, or reads or loads the weights, in order with what chunks compute."""
-        with self._streams.computing():
+        with _enough_memory(), self._streams.computing():
             return work(*args)
 
     def encode(

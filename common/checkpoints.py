@@ -3,7 +3,8 @@
 A checkpoint is one safetensors file, ``step-0000000120.safetensors``. Its tensors are those of the state; its
 metadata hold the rest of it, and what the run is, as JSON. It is written under another name, brought to the disk
 and only then renamed, so that a file of that form is complete; it is written tensor by tensor, so that no second
-copy of the state is in memory.
+copy of the state is in memory. Its last four bytes, a tensor of their own, are the CRC-32 of all before them: what the
+disk has damaged since is found out when a run goes on.
 
 Several processes may use a folder at once; a file that is still being written belongs to its writer alone.
 """
@@ -14,25 +15,27 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from common.checksum import CHECKSUM_BYTES, is_sound, summed
 from common.disk import Disk
 from common.errors import CheckpointFailed, UserError
 from common.safetensors_file import Header, data_of, header_of, read_header
-from common.snapshot import flatten, unflatten
+from common.snapshot import CHECKSUM_NAME, flatten, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["CheckpointFolder"]
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of what is in a checkpoint; files of another one are as good as none."""
 
 _NAME: Final = re.compile(r"step-([0-9]{10,19})\.safetensors")
@@ -58,6 +61,8 @@ class CheckpointFolder:
         self.path = path
         self._keep = keep
         self._disk = disk or Disk()
+        self._sound: set[int] = set()  # checked, or written by this object
+        self._damaged: set[int] = set()
         with self._failing(f"there can be no checkpoints in {path}"):
             self._disk.make_folder(path)
             names = os.listdir(path)
@@ -71,10 +76,31 @@ class CheckpointFolder:
         Raises:
             CheckpointFailed: the folder cannot be read.
         """
-        with self._failing(f"the checkpoints in {self.path} cannot be listed"):
-            names = os.listdir(self.path)
-        named = {int(found[1]) for name in names if (found := _NAME.fullmatch(name))}
-        return sorted(step for step in named if self._is_whole(step))
+        return [step for step in self._named() if step not in self._damaged and self._is_whole(step)]
+
+    def check(self, warn: Callable[[str], None]) -> None:
+        """Read all checkpoints through, unless that was done, and from now on pass over those that are damaged.
+
+        Call before a step to go on from is chosen: it takes as long as reading the files. They are left as they are.
+
+        Args:
+            warn: is told of each that is damaged.
+
+        Raises:
+            CheckpointFailed: the folder cannot be read.
+        """
+        for step in self._named():
+            if step in self._sound or step in self._damaged:
+                continue
+            try:
+                sound = self._header(step) is not None and is_sound(self.file_of(step))
+            except OSError:
+                sound = False
+            (self._sound if sound else self._damaged).add(step)
+            if not sound:
+                warn(
+                    f"{self.file_of(step)} IS DAMAGED, or of another version: it is passed over, and left there"
+                )
 
     def file_of(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""
@@ -100,17 +126,20 @@ class CheckpointFolder:
             "about": json.dumps(about),
             "state": json.dumps(plain),
         }
-        header, ordered = header_of(tensors, metadata)
+        checksum = torch.empty(CHECKSUM_BYTES, dtype=torch.uint8)  # the last one, for no element is narrower
+        header, (*ordered, _) = header_of({**tensors, CHECKSUM_NAME: checksum}, metadata)
         path = self.file_of(step)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         with self._failing(f"the checkpoint of step {step} could not be written in {self.path}"):
             try:
-                self._write_file(temporary, chain((header,), map(data_of, ordered)))
+                self._write_file(temporary, summed(chain((header,), map(data_of, ordered))))
                 self._disk.rename(temporary, path)
             except BaseException:
                 with suppress(OSError):
                     self._disk.remove(temporary)
                 raise
+            self._sound.add(step)
+            self._damaged.discard(step)
             self._disk.sync_folder(self.path)
 
     def read(self, step: int) -> tuple[Any, dict[str, Any]]:
@@ -129,9 +158,14 @@ class CheckpointFolder:
                 header = self._header(step)
                 if header is None:
                     raise UserError(f"{path} is no checkpoint of step {step} that can be read")
+                if not is_sound(path):
+                    self._sound.discard(step)
+                    raise UserError(f"{path} is damaged: its checksum is not that of what it holds")
                 with safe_open(path, "pt") as file:
                     # Copied, for what the library gives is the file itself, which may fail or go away.
-                    tensors = {name: file.get_tensor(name).clone() for name in header.names}
+                    tensors = {
+                        name: file.get_tensor(name).clone() for name in header.names if name != CHECKSUM_NAME
+                    }
                 state = unflatten(tensors, json.loads(header.metadata["state"]))
                 return state, json.loads(header.metadata["about"])
             except FileNotFoundError:
@@ -197,6 +231,11 @@ class CheckpointFolder:
                 self._disk.remove(path)
             finally:
                 os.close(descriptor)
+
+    def _named(self) -> list[int]:
+        with self._failing(f"the checkpoints in {self.path} cannot be listed"):
+            names = os.listdir(self.path)
+        return sorted({int(found[1]) for name in names if (found := _NAME.fullmatch(name))})
 
     def _is_whole(self, step: int) -> bool:
         try:

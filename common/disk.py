@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from common.errors import UserError
 
 
 class Disk:
@@ -58,6 +62,29 @@ class Disk:
     def remove(self, path: Path) -> None:
         """Remove a file."""
         path.unlink()
+
+
+@contextmanager
+def sole_user(descriptor: int, otherwise: str) -> Iterator[None]:
+    """Keep other processes that ask the same of a file or a folder out while the block runs, and close it then.
+
+    Args:
+        descriptor: of the file or folder; a file on a network has to be open for writing.
+        otherwise: what is said to those who come later.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        try:
+            Disk().lock(descriptor)
+        except BlockingIOError:
+            raise UserError(otherwise) from None
+        except OSError:  # a network's file system may not know of locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_private(path: Path, text: str) -> None:

@@ -4,8 +4,10 @@ import contextlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -139,36 +141,6 @@ class SummaryReport:
 Report: TypeAlias = StepReport | EvalReport | SummaryReport
 
 
-def rewind_metrics(path: Path, step: int) -> None:
-    """Bring a metrics file back to where a step had just been made: nothing after it is in it any more.
-
-    Args:
-        path: the file; where there is none, or it is a pipe or a device, nothing happens.
-        step: the last step that stays. Its evaluation goes, for it is made again.
-
-    Raises:
-        UserError: the file cannot be read or written.
-    """
-    if not path.is_file():
-        return
-    try:
-        kept = [line for line in path.read_text().splitlines(keepends=True) if _is_before(line, step)]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the metrics in {path} cannot be gone on with: {error}") from error
-
-
-def _is_before(line: str, step: int) -> bool:
-    try:
-        record = json.loads(line)
-        at = record["step"]
-        return bool(line.endswith("\n") and (at < step or (at == step and record["event"] == "step")))
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
 def ratio(part: float, whole: float) -> float | None:
     """Divide, or give None where there is nothing to divide by."""
     return part / whole if whole > 0 else None
@@ -182,7 +154,7 @@ class MetricsWriter:
 
     Args:
         path: the file. What it holds is replaced.
-        warn: tells people; called once, from `write`.
+        warn: tells people; called once from `write`, and from `rewind`.
         append: add to what the file holds instead.
 
     Raises:
@@ -193,7 +165,7 @@ class MetricsWriter:
         self._path = path
         self._warn = warn
         self._warned = False
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND | (0 if append else os.O_TRUNC)
         try:
             self._fd: int | None = os.open(path, flags, 0o666)
         except OSError as error:
@@ -218,6 +190,26 @@ class MetricsWriter:
                     "free some space; training goes on"
                 )
 
+    def rewind(self, step: int) -> None:
+        """Bring the file back to where a step had just been made: what is after it is cut off, which takes no room.
+
+        Where it cannot be, that is said loudly, and training goes on. A pipe or a device stays as it is.
+
+        Args:
+            step: the last step that stays. Its evaluation goes, for it is made again.
+        """
+        if self._fd is None:
+            raise ValueError("the metrics file is closed")
+        try:
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                lines = Path(self._path).read_bytes().splitlines(keepends=True)
+                os.ftruncate(self._fd, sum(map(len, takewhile(lambda line: _is_before(line, step), lines))))
+        except OSError as error:
+            self._warn(
+                f"METRICS AFTER STEP {step} STAND IN {self._path} TWICE: it cannot be cut off there "
+                f"({error.strerror or error}); training goes on"
+            )
+
     def close(self) -> None:
         """Close the file. Harmless when repeated."""
         if self._fd is not None:
@@ -236,6 +228,15 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_before(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        at = record["step"]
+        return bool(line.endswith(b"\n") and (at < step or (at == step and record["event"] == "step")))
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _finite(value: Value) -> Value:

@@ -21,10 +21,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["detached", "flatten", "unflatten"]
+__all__ = ["CHECKSUM_NAME", "detached", "flatten", "unflatten"]
 
-_RESERVED: Final = "__metadata__"
-"""The one name that safetensors gives to no tensor."""
+CHECKSUM_NAME: Final = "__checksum__"
+"""Of the tensor that a checkpoint's file has for itself."""
+
+_RESERVED: Final = ("__metadata__", CHECKSUM_NAME)
+"""Names that no tensor has: safetensors gives the first to none."""
 
 
 def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
@@ -138,7 +141,7 @@ def _unflattened(tensors: Mapping[str, Tensor], plain: Any) -> Any:
 def _added(tensor: Tensor, place: tuple[object, ...], tensors: dict[str, Tensor]) -> str:
     """Name a tensor by its place, and a little longer where another has that name: 0 and "0" read alike."""
     name = ".".join(map(str, place)).encode("utf-8", "replace").decode()
-    while name in tensors or name == _RESERVED:
+    while name in tensors or name in _RESERVED:
         name += "'"
     tensors[name] = tensor.detach()
     return name

@@ -41,6 +41,9 @@ OnTensors = Callable[[Forward | Backward], None]
 OnCommitted = Callable[[Committed], None]
 OnReady = Callable[[Ready], None]
 
+READY_S = 600.0
+"""Seconds that the server may take to build a job, or to find it again: a large model takes minutes."""
+
 
 class Link:
     """An open connection with a job on it. Made by `open_link`.
@@ -85,7 +88,7 @@ class Link:
             PeerError: the server refuses; its message says why.
         """
         await self.send(Open(session=key.session, secret=key.secret, spec=spec.to_map()))
-        return await self.answered(self._ready)
+        return await self.taken_up()
 
     async def resume(self, key: SessionKey, outcome: Outcome | None, saved: Sequence[int]) -> Ready:
         """Ask for a job that the server had before.
@@ -111,7 +114,19 @@ class Link:
                 saved=saved,
             )
         )
-        return await self.answered(self._ready)
+        return await self.taken_up()
+
+    async def taken_up(self) -> Ready:
+        """Wait until the server has the job ready; its heartbeats do not say that it will ever be.
+
+        Raises:
+            ConnectionLost: it takes too long, or the link failed.
+        """
+        try:
+            async with asyncio.timeout(READY_S):
+                return await self.answered(self._ready)
+        except TimeoutError:
+            raise ConnectionLost(f"the server did not have the job ready after {READY_S:.0f} s") from None
 
     async def send_weights(self, state: Mapping[str, Tensor]) -> None:
         """Send the middle's weights, which the server cannot make."""
@@ -251,6 +266,8 @@ async def open_link(
         async with asyncio.TaskGroup() as tasks:
             link = Link(connection, tracer, tasks, is_back=coming_back is not None)
             link.start_receiving()
+            if link.is_back:
+                tasks.create_task(link.taken_up())
             yield link
             link.stop_receiving()
     except BaseExceptionGroup as group:

@@ -3,7 +3,7 @@
 import time
 from contextlib import ExitStack
 
-from common.metrics import EvalReport, MetricsWriter, Report, StepReport, SummaryReport, rewind_metrics
+from common.metrics import EvalReport, MetricsWriter, Report, StepReport, SummaryReport
 from common.stats import RunStats
 from common.trace import Tracer
 from edge.busy import BusyTimes
@@ -49,7 +49,6 @@ class Records:
         self._reconnects = -1
         self._begun = (-1, 0.0, 0, 0)
         self._job: Job
-        self._resources: ExitStack
 
     def open(self, job: Job, resources: ExitStack, *, append: bool) -> None:
         """Begin, once the server has taken the job.
@@ -62,16 +61,10 @@ class Records:
         Raises:
             UserError: the metrics file cannot be written.
         """
-        self._job, self._resources = job, resources
-        if (
-            self._config.metrics is not None
-        ):  # not before: a run that comes to nothing leaves the old file as it is
-            self._open_metrics(append=append)
-
-    def _open_metrics(self, *, append: bool) -> None:
-        assert self._config.metrics is not None
-        writer = MetricsWriter(self._config.metrics, warn=self._progress.note, append=append)
-        self._metrics = self._resources.enter_context(writer)
+        self._job, path = job, self._config.metrics
+        if path is not None:  # not before: a run that comes to nothing leaves the old file as it is
+            writer = MetricsWriter(path, warn=self._progress.note, append=append)
+            self._metrics = resources.enter_context(writer)
 
     def connected(self, link: Link) -> None:
         """A connection takes the run up."""
@@ -136,19 +129,12 @@ class Records:
         self._report(report)
 
     def went_back(self, step: int) -> None:
-        """The run goes on from an earlier step, or from where another process left it.
-
-        Raises:
-            UserError: the metrics file cannot be written.
-        """
+        """The run goes on from an earlier step, or from where another process left it."""
         self._stats.take_back(self.reported - step)
         self.reported = step
         self._begun = (-1, 0.0, 0, 0)
         if self._metrics is not None:
-            assert self._config.metrics is not None
-            self._metrics.close()
-            rewind_metrics(self._config.metrics, step)
-            self._open_metrics(append=True)
+            self._metrics.rewind(step)
 
     def summary(self) -> SummaryReport:
         """Sum the run up, and report it."""

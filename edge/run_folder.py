@@ -10,18 +10,18 @@ side removes it before there is a newer one.
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import secrets
-from collections.abc import Awaitable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from common.checkpoints import CheckpointFolder
-from common.disk import write_private
+from common.disk import sole_user, write_private
 from common.errors import CheckpointFailed, UserError
 from edge.config import TrainConfig
 
@@ -55,13 +55,15 @@ class RunFolder:
     Args:
         path: the folder; it is made.
         keep: how many checkpoints stay.
+        warn: tells people.
 
     Raises:
         CheckpointFailed: it cannot be made or read.
     """
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    def __init__(self, path: Path, *, keep: int, warn: Callable[[str], object] = warnings.warn) -> None:
         self.path = path
+        self._warn = warn
         self._checkpoints = CheckpointFolder(path, keep=keep)
         self._here = set(self._checkpoints.steps())
         self._there: set[int] = set()
@@ -89,18 +91,20 @@ class RunFolder:
             UserError: one does.
         """
         folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another edge-client goes on with the run in {self.path}; end that first"
-                ) from None
-            except OSError:  # a network's file system may not know of locks
-                pass
+        with sole_user(folder, f"another edge-client goes on with the run in {self.path}; end that first"):
             yield
-        finally:
-            os.close(folder)
+
+    async def check(self) -> None:
+        """Read all checkpoints through, so that none is gone on from that the disk has damaged.
+
+        Raises:
+            CheckpointFailed: the folder cannot be read.
+        """
+        damaged: list[str] = []
+        await asyncio.to_thread(self._checkpoints.check, damaged.append)
+        self._here = set(self._checkpoints.steps())
+        for line in damaged:
+            self._warn(line)
 
     def check_unused(self) -> None:
         """See that a new run may begin here.
@@ -132,6 +136,22 @@ class RunFolder:
         except OSError as error:
             raise CheckpointFailed(f"{path} cannot be written: {error.strerror or error}") from error
 
+    def update_settings(self, config: TrainConfig) -> None:
+        """Write down what was given anew when the run was resumed, so that it need not be given again.
+
+        Where it cannot be written that is said, and the run goes on.
+        """
+        path = self.path / _SETTINGS
+        try:
+            text = path.read_text()
+            updated = json.dumps({**json.loads(text), "settings": _plain(config)}, indent=1)
+            if updated != text:
+                write_private(path, updated)
+        except (OSError, ValueError) as error:
+            self._warn(
+                f"{path} CANNOT BE BROUGHT UP TO DATE: {error}; give the same options to the next --resume"
+            )
+
     async def write(self, step: int, snapshot: Awaitable[Any], about: Mapping[str, Any]) -> None:
         """Write a checkpoint, beside whatever goes on.
 
@@ -141,7 +161,17 @@ class RunFolder:
         state = await snapshot
         await asyncio.to_thread(self._checkpoints.write, step, state, about)
         self._here.add(step)
-        await asyncio.to_thread(self._prune)
+
+    async def prune(self) -> None:
+        """Remove the oldest checkpoints, down to the last few and the newest common one.
+
+        Raises:
+            CheckpointFailed: one cannot be removed.
+        """
+        try:
+            await asyncio.to_thread(self._checkpoints.prune, self.common)
+        finally:
+            self._here = set(await asyncio.to_thread(self._checkpoints.steps))
 
     def saved_there(self, step: int) -> None:
         """The server has written its checkpoint of a step."""
@@ -166,9 +196,29 @@ class RunFolder:
         self._here = set(self._checkpoints.steps())
         self._there = {saved for saved in self._there if saved <= step}
 
-    def _prune(self) -> None:
-        self._checkpoints.prune(self.common)
-        self._here = set(self._checkpoints.steps())
+
+async def open_folder(
+    config: TrainConfig, resources: ExitStack, warn: Callable[[str], object], *, is_new: bool
+) -> RunFolder:
+    """Open the folder of a run, for this process alone until `resources` are closed.
+
+    Args:
+        config: of the run, which is to be kept.
+        resources: end the claim to it.
+        warn: tells people.
+        is_new: the run begins here; else it goes on from what is there, but for what the disk has damaged.
+
+    Raises:
+        UserError: there is another run already, or another process goes on with it.
+        CheckpointFailed: it cannot be made or read.
+    """
+    assert config.checkpoint is not None
+    folder = RunFolder(config.checkpoint, keep=config.keep_checkpoints, warn=warn)
+    if is_new:
+        folder.check_unused()
+    resources.enter_context(folder.claimed())
+    await folder.check()
+    return folder
 
 
 def read_settings(path: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, SessionKey]:

@@ -64,6 +64,11 @@ class Saves:
             await self.folder.write(step, snapshot, self._about)
         except IsthmusError as error:
             self._warn(f"NO CHECKPOINT OF STEP {step} HERE: {error}; training goes on")
+            return
+        try:
+            await self.folder.prune()
+        except IsthmusError as error:
+            self._warn(f"{error}; training goes on")
 
     def _answered(self, answer: asyncio.Future[Saved]) -> None:
         if answer.cancelled():

@@ -21,7 +21,7 @@ from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
 from edge.records import Records
 from edge.result import TrainResult, fetch_state, kept, save_state, write_trace
-from edge.run_folder import RunFolder, SessionKey
+from edge.run_folder import RunFolder, SessionKey, open_folder
 from edge.saves import Saves, about
 from edge.supervisor import Supervisor
 from edge.tuner import Tuner
@@ -101,13 +101,10 @@ class Trainer:
             WireError: the link failed, for good.
         """
         config = self._config
-        if config.checkpoint is not None:
-            self._folder = RunFolder(config.checkpoint, keep=config.keep_checkpoints)
-            if self._claim.remembers:
-                self._folder.check_unused()
         with ExitStack() as resources:
-            if self._folder is not None:
-                resources.enter_context(self._folder.claimed())
+            if config.checkpoint is not None:
+                is_new = self._claim.remembers
+                self._folder = await open_folder(config, resources, self._progress.note, is_new=is_new)
             resources.callback(self._progress.finish)
             self._lanes = lanes = Lanes(self._tracer, config.threads or default_threads())
             resources.callback(lanes.close)
@@ -170,6 +167,7 @@ class Trainer:
         self._tuner = Tuner(config.chunks, config.depth)
         self._evaluations = Evaluations(job, self._progress, lambda: self._supervisor.stopping)
         if self._folder is not None:
+            self._folder.update_settings(config)
             self._saves = Saves(self._folder, config.checkpoint_every, about(job), self._progress.note)
         self._records.open(job, resources, append=not self._claim.remembers)
         self._progress.note(describe(job, ready))

@@ -3,22 +3,28 @@ harms no other, and none is lost that somebody could come back for."""
 
 import asyncio
 import contextlib
+import json
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
 
 from cloud.device import Device
+from cloud.limits import Limits, Refused, TooLarge
 from cloud.monitoring import Monitor
-from cloud.register import Limits, Refused, Register
+from cloud.register import Register
 from cloud.service import Service
 from cloud.session import Session
+from cloud.state_folder import StateFolder
 from cloud.tenant import Tenant
+from common.checkpoints import CheckpointFolder
 from common.errors import CheckpointFailed, IsthmusError
 from edge.job import prepare
 from tests.cloud.fake_client import Client, Receipt
@@ -193,7 +199,7 @@ def test_sweeping_goes_on_whatever_fails(
             register = serving.register
             monkeypatch.setattr(register, "_forget_old", fail)
             if isinstance(error, WireError):
-                monkeypatch.setattr(register, "_forget_old", lambda: None)
+                monkeypatch.setattr(register, "_forget_old", AsyncMock(return_value=0))
                 monkeypatch.setattr(register, "_sweep", fail)
                 register.tenants[bytes(16)] = Tenant(bytes(16), bytes(32), None, None, Monitor())  # type: ignore[arg-type]
             sweeping = asyncio.create_task(register.sweep())
@@ -358,6 +364,48 @@ def test_checkpoints_that_are_asked_for_faster_than_they_are_written_are_not_cop
     run(test)
 
 
+def test_checkpoint_is_written_though_an_older_one_cannot_be_removed(
+    spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise CheckpointFailed("old checkpoints could not be removed")
+
+    async def test() -> None:
+        monkeypatch.setattr(CheckpointFolder, "prune", fail)
+        async with served(tmp_path) as serving:
+            client = await serving.at_rest(spec)  # is told that it is there
+            tenant = serving.register.tenants[client.key]
+            assert await tenant.steps() == [0]
+            assert "old checkpoints could not be removed" in caplog.text
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(torch.OutOfMemoryError("no"), IsthmusError), (RuntimeError("a defect"), RuntimeError)],
+)
+def test_step_that_cannot_begin_ends_the_conversation_at_once(
+    spec: Any, error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    async def test() -> None:
+        async with served(None) as serving:
+            client, attending = await serving.opened(spec)
+            session = serving.register.tenants[client.key].session
+            assert session is not None
+            monkeypatch.setattr(session.middle.stage, "begin_step", fail)
+            client.say(Begin(1, 1, evaluate=False))
+            with pytest.raises(raised):
+                await attending
+            assert session.broken
+            assert not serving.register.tenants
+
+    run(test)
+
+
 def test_goodbye_leaves_nothing(spec: Any, tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as serving:
@@ -367,5 +415,186 @@ def test_goodbye_leaves_nothing(spec: Any, tmp_path: Path) -> None:
             assert not serving.register.tenants
             assert not serving.register.visits
             assert not os.listdir(tmp_path)
+
+    run(test)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_session_goes_back_behind_a_checkpoint_that_is_damaged(
+    spec: Any, tmp_path: Path, in_memory: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            client = await serving.at_rest(spec)
+            tenant = serving.register.tenants[client.key]
+            assert tenant.session is not None
+            tenant.session.concluded = 5
+            await tenant.park()
+        newest = tmp_path / client.key.hex() / "step-0000000005.safetensors"
+        content = bytearray(newest.read_bytes())
+        content[-100] ^= 1
+        newest.write_bytes(content)
+        async with served(tmp_path) as serving:
+            if in_memory:
+                tenant = serving.register.find(client.key)  # type: ignore[assignment]
+                serving.register.tenants[client.key] = tenant
+                await serving.service._build(tenant)
+            again = Client(client.key, client.secret)
+            again.resumes(None, 0, 5)
+            serving.attend(again)
+            assert (await again.until(Ready)).step == 0
+            assert f"{newest} IS DAMAGED" in caplog.text
+            assert newest.exists()
+
+    run(test)
+
+
+# What is kept on disk.
+
+
+def in_use(folder: Path) -> int:
+    return sum(kept.nbytes for kept in StateFolder(folder, 0).look())
+
+
+async def parked(serving: Serving, spec: Any) -> Client:
+    client = await serving.at_rest(spec)
+    await serving.register.tenants[client.key].park()
+    return client
+
+
+def test_sessions_that_nobody_uses_are_forgotten_oldest_first_where_the_disk_is_needed(
+    spec: Any, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            clients = [await parked(serving, spec)]
+            one = in_use(tmp_path)
+            clients += [await parked(serving, spec), await parked(serving, spec)]
+            for age, client in enumerate(clients):
+                os.utime(tmp_path / client.key.hex(), (1e9 + age, 1e9 + age))
+        async with served(tmp_path, state_bytes=3 * one, forget_s=1e10) as serving:
+            client, attending = await serving.opened(spec)
+            client.say(Save(0, 0))
+            assert (await client.until(Saved)).error == ""
+            kept = set(os.listdir(tmp_path))
+            assert kept == {each.key.hex() for each in (*clients[1:], client)}
+            client.abort()
+            await ended(attending)
+
+    run(test)
+
+
+def test_new_session_is_refused_and_a_checkpoint_not_written_where_those_in_use_take_the_disk(
+    spec: Any, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            await serving.at_rest(spec)
+            one = in_use(tmp_path)
+        async with served(tmp_path / "small", state_bytes=one + one // 2) as serving:
+            client, attending = await serving.opened(spec)
+            client.say(Save(0, 0))
+            assert (await client.until(Saved)).error == ""
+            client.say(Save(0, 0))
+            second = await client.until(Saved, 2)
+            assert "--state-limit" in second.error
+            other = Client()
+            other.opens(spec)
+            with pytest.raises(Refused, match="--state-limit") as refused:
+                await serving.attend(other)
+            assert refused.value.code == "busy"
+            assert os.listdir(tmp_path / "small") == [client.key.hex()]
+            client.abort()
+            await ended(attending)
+            await serving.register.tenants[client.key].park()  # else nobody would ever get its room
+            client, _ = await serving.opened(spec)
+            client.say(Save(0, 0))
+            assert (await client.until(Saved)).error == ""
+
+    run(test)
+
+
+def test_nobody_is_forgotten_for_what_would_not_fit_all_the_same(spec: Any, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            client = await parked(serving, spec)
+        one = in_use(tmp_path)
+        async with served(tmp_path, state_bytes=2 * one) as serving:
+            working = await serving.at_rest(spec)
+            with pytest.raises(TooLarge, match="--state-limit"):
+                await serving.register.keep_room(2 * one + 1)
+            with pytest.raises(Refused, match="--state-limit"):
+                await serving.register.keep_room(one + one // 2)
+            assert set(os.listdir(tmp_path)) == {client.key.hex(), working.key.hex()}
+
+    run(test)
+
+
+def test_client_that_comes_back_while_its_session_is_forgotten_finds_all_of_it_or_nothing(
+    spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            clients = [await parked(serving, spec), await parked(serving, spec)]
+        async with served(tmp_path, forget_s=0.0) as serving:
+            looking, go, look = threading.Event(), threading.Event(), StateFolder.look
+
+            def slowly(folder: StateFolder) -> Any:
+                found = look(folder)
+                looking.set()
+                go.wait(30)
+                return found
+
+            monkeypatch.setattr(StateFolder, "look", slowly)
+            forgetting = asyncio.create_task(serving.register._forget_old())
+            await asyncio.to_thread(looking.wait, 30)
+            here, late = (Client(client.key, client.secret) for client in clients)
+            here.resumes(0, 0)
+            serving.attend(here)
+            await here.until(Ready)  # after it was found to be old, and before anything is removed
+            go.set()
+            await forgetting
+            late.resumes(0, 0)
+            with pytest.raises(Refused, match="does not know this session"):
+                await serving.attend(late)
+            assert os.listdir(tmp_path) == [here.key.hex()]
+            assert len(os.listdir(tmp_path / here.key.hex())) == 2
+
+    run(test)
+
+
+def test_no_more_sessions_are_kept_than_a_thousand_that_nobody_uses(
+    spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        monkeypatch.setattr("cloud.register._MOST_UNUSED", 1)
+        async with served(tmp_path) as serving:
+            clients = [await parked(serving, spec), await parked(serving, spec)]
+            os.utime(tmp_path / clients[1].key.hex(), (1e9, 1e9))
+            await serving.register._forget_old()
+            assert list(serving.register.tenants) == [clients[0].key]  # that this process parked them, too
+
+    run(test)
+
+
+def test_sessions_that_are_on_disk_count_as_parked_from_the_start(spec: Any, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            client = await parked(serving, spec)
+            await parked(serving, spec)
+        async with served(tmp_path) as serving:
+            sweeping = asyncio.create_task(serving.register.sweep())
+            health: dict[str, Any] = {}
+            while not health.get("parked"):
+                await asyncio.sleep(0.01)
+                health = json.loads(serving.register.monitor.health()[1])
+            assert health["parked"] == 2
+            again = Client(client.key, client.secret)
+            again.resumes(0, 0)
+            serving.attend(again)
+            await again.until(Ready)
+            health = json.loads(serving.register.monitor.health()[1])
+            assert (health["sessions"], health["parked"]) == (1, 1)
+            sweeping.cancel()
 
     run(test)

@@ -77,7 +77,7 @@ async def all_chunks(session: Session, client: Client, step: int) -> Passing:
         codecs=session.training,
         driver=Driver(cloud_schedule(2), lambda action: asyncio.sleep(0)),
     )
-    session.begin()
+    await session.begin()
     for cut, kind in ((1, "F"), (2, "B")):
         for chunk in range(2):
             message, action = client.message(session, step, chunk, cut), Action(1, kind, chunk)

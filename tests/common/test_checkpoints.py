@@ -103,6 +103,7 @@ def test_the_library_reads_the_file_whatever_memory_its_tensors_share(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.write(1, tensors, ABOUT)
     read = load_file(folder.file_of(1))
+    assert read.pop("__checksum__").shape == (4,)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor)
@@ -125,7 +126,7 @@ def test_a_tensor_goes_to_the_file_without_a_copy_in_memory(tmp_path):
             return super().write(descriptor, data)
 
     CheckpointFolder(tmp_path, disk=Looking()).write(1, [torch.zeros(1000), torch.zeros(500)], {})
-    assert seen[1:] == [4000, 2000]
+    assert seen[1:] == [4000, 2000, 4]
 
 
 def test_only_their_owner_may_read_them(tmp_path):
@@ -221,7 +222,7 @@ def damages(whole):
         "numbers as metadata": with_metadata(version=1),
         "odd tensor": with_header(header | {"weights": 3}),
         "odd offsets": with_header(header | {"weights": {"data_offsets": ["x", "y"]}}),
-        "another version": with_metadata(version="2"),
+        "another version": with_metadata(version="1"),
         "another program's": with_metadata(format="pt"),
         "another step's": with_metadata(step="8"),
     }
@@ -264,6 +265,39 @@ def test_a_state_that_does_not_fit_its_tensors_is_called_damaged(tmp_path):
     assert folder.steps() == [7]
     with pytest.raises(UserError, match="is damaged"):
         folder.read(7)
+
+
+@pytest.mark.parametrize("at", ["state", "weights", "checksum"])
+def test_a_file_that_was_damaged_since_is_found_out_and_left_alone(tmp_path, at):
+    folder = folder_with(tmp_path, 5, 6, 7, keep=2)
+    path, said = folder.file_of(7), []
+    content = bytearray(path.read_bytes())
+    content[{"state": content.index(b"map"), "weights": len(content) // 2, "checksum": -1}[at]] ^= 1
+    path.write_bytes(content)
+    folder = CheckpointFolder(tmp_path, keep=2)
+    assert folder.steps() == [5, 6, 7]  # so much is seen from its beginning
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        folder.read(7)
+    folder.check(said.append)
+    folder.check(said.append)
+    assert folder.steps() == [5, 6]
+    assert len(said) == 1
+    assert f"{path} IS DAMAGED" in said[0]
+    folder.drop_after(6)
+    folder.prune()
+    assert path.exists()
+    assert folder.steps() == [5, 6]  # it does not count as one of those that are kept
+    folder.write(7, state_of(7), ABOUT | {"step": 7})
+    assert_whole(folder, 5, 6, 7)
+
+
+def test_what_was_written_or_checked_by_the_same_object_is_not_read_again(tmp_path, monkeypatch):
+    folder_with(tmp_path, 6)
+    folder, read = folder_with(tmp_path, 7), []
+    monkeypatch.setattr("common.checkpoints.is_sound", lambda path: read.append(path) or True)
+    folder.check(pytest.fail)
+    folder.check(pytest.fail)
+    assert read == [folder.file_of(6)]
 
 
 def test_files_of_other_names_and_kinds_are_left_alone(tmp_path):
@@ -538,4 +572,4 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 def test_a_header_names_the_tensors(tmp_path):
     header = read_header(folder_with(tmp_path, 1).file_of(1))
-    assert set(header.names) == {"weights", "momenta.0", "momenta.1"}
+    assert set(header.names) == {"weights", "momenta.0", "momenta.1", "__checksum__"}

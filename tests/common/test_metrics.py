@@ -169,6 +169,55 @@ def test_line_that_does_not_fit_is_taken_back_whole(tmp_path, append):
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("append", [False, True])
+def test_file_is_brought_back_to_a_step_and_gone_on_with(tmp_path, append):
+    path = tmp_path / "m"
+    with MetricsWriter(path, warn=refuse, append=append) as writer:
+        for step in range(1, 5):
+            writer.write(a_step(step))
+            writer.write(EvalReport(step=step, loss=1.0, accuracy=0.5))
+        writer.rewind(3)
+        writer.write(a_step(4))
+    assert [(line["event"], line["step"]) for line in lines(path)] == [
+        *(("step", 1), ("eval", 1), ("step", 2), ("eval", 2)),
+        *(("step", 3), ("step", 4)),
+    ]
+    with path.open("a") as file:
+        file.write('{"event": "step", "st')  # by a process that was killed
+    with MetricsWriter(path, warn=refuse, append=True) as writer:
+        writer.rewind(9)
+    assert len(lines(path)) == 6
+
+
+def test_going_back_on_a_full_disk_takes_no_room(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path / "m", warn=refuse) as writer:
+        for step in range(1, 4):
+            writer.write(a_step(step))
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+            writer.rewind(2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [line["step"] for line in lines(tmp_path / "m")] == [1, 2]
+
+
+def test_file_that_cannot_be_brought_back_is_said_and_training_goes_on(tmp_path):
+    said = []
+    with MetricsWriter(tmp_path / "m", warn=said.append) as writer:
+        writer.write(a_step(1))
+        (tmp_path / "m").unlink()
+        writer.rewind(0)
+        writer.write(a_step(1))
+    assert len(said) == 1
+    assert "METRICS AFTER STEP 0" in said[0]
+
+
+def test_device_is_not_brought_back():
+    with MetricsWriter("/dev/null", warn=refuse) as writer:
+        writer.rewind(0)
+
+
 def test_closed_file_takes_no_more(tmp_path):
     writer = MetricsWriter(tmp_path / "m", warn=refuse)
     writer.close()

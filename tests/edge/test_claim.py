@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from common.errors import UserError
+from common.checkpoints import CheckpointFolder
+from common.errors import CheckpointFailed, UserError
 from edge.claim import Claim
 from edge.config import TrainConfig
 from edge.outcome import Outcome
@@ -238,3 +239,23 @@ def test_run_that_goes_back_to_a_checkpoint_asks() -> None:
         assert claim.come_back(Outcome(3)) is None
 
     run(come_back())
+
+
+def test_checkpoint_is_there_though_an_older_one_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise CheckpointFailed("old checkpoints could not be removed")
+
+    async def snapshot() -> dict[str, Any]:
+        return {}
+
+    async def save() -> None:
+        monkeypatch.setattr(CheckpointFolder, "prune", fail)
+        said: list[str] = []
+        saves = Saves(RunFolder(tmp_path, keep=2), 5, {}, said.append)
+        await saves._write(5, snapshot())
+        assert said == ["old checkpoints could not be removed; training goes on"]
+        assert saves.folder.steps == [5]
+
+    run(save())

@@ -11,8 +11,10 @@ import pytest
 from common.errors import TrainingStopped
 from common.schedule import Action, Schedule, edge_schedule
 from common.trace import Tracer
-from edge.link import Link
+from edge.link import Link, open_link
 from edge.passes import Pass
+from edge.reconnect import may_pass
+from edge.run_folder import SessionKey
 from wire.errors import ConnectionLost
 from wire.messages import Forward, Message
 
@@ -69,6 +71,46 @@ def test_link_that_breaks_while_a_step_fails_is_noticed() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(in_time())
     assert caught.group_contains(ConnectionLost, match="broken")
+
+
+def test_server_that_never_has_the_job_ready_counts_as_a_lost_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Its heartbeats were answered, and the client waited for ever.
+    async def opens() -> None:
+        connection: Any = Connection()
+        connection.welcome = SimpleNamespace(nonce=bytes(32))
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+            link = Link(connection, Tracer("edge", enabled=False), tasks)
+            link.start_receiving()
+            job: Any = SimpleNamespace(to_map=dict)
+            for asked in (link.open(SessionKey.new(), job), link.resume(SessionKey.new(), None, ())):
+                with pytest.raises(ConnectionLost, match="did not have the job ready after") as lost:
+                    await asked
+                assert may_pass(lost.value)
+            link.stop_receiving()
+
+    monkeypatch.setattr("edge.link.READY_S", 0.01)
+    asyncio.run(opens())
+
+
+def test_server_that_never_answers_who_comes_back_counts_as_a_lost_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def connect(*_: object) -> Any:
+        connection: Any = Connection()
+        connection.abort = connection.broken.set
+        return connection
+
+    async def come_back() -> None:
+        back: Any = object()
+        async with asyncio.timeout(30), open_link("there", 1, Tracer("edge", enabled=False), None, back):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("edge.link.READY_S", 0.01)
+    monkeypatch.setattr("edge.link.connect", connect)
+    with pytest.raises(ConnectionLost, match="did not have the job ready after"):
+        asyncio.run(come_back())
 
 
 class Stuck(Pass):

@@ -117,9 +117,32 @@ def test_run_that_is_stopped_and_one_that_is_done_can_be_gone_on_with(
             client.signal(signal.SIGINT)
             ended = client.wait()
         assert ended.status in (0, 130), ended
-        for _ in range(2):
-            done(run("edge-client", "--resume", folder, *LIBRARY))
+        moved = address.replace("127.0.0.1", "localhost")
+        for given in (("--server", moved), ()):
+            done(run("edge-client", "--resume", folder, *LIBRARY, *given))
             assert_same(saved, quiet)
+            assert json.loads((folder / "run.json").read_text())["settings"]["server"] == moved
+
+
+@pytest.mark.parametrize("side", ["edge", "cloud"])
+def test_checkpoint_that_the_disk_has_damaged_is_passed_over(
+    quiet: Path, port: int, state: Path, tmp_path: Path, side: str
+) -> None:
+    saved, folder = tmp_path / "model.safetensors", tmp_path / "run"
+    options = ("--steps", 40, "--save", saved, "--checkpoint", folder, "--checkpoint-every", 5)
+    with serving_at(port, state) as (_, address):
+        assert train(address, *options).status == 0
+    saved.unlink()
+    newest = max((folder if side == "edge" else state).rglob("step-*"))
+    content = bytearray(newest.read_bytes())
+    content[-200] ^= 1
+    newest.write_bytes(content)
+    with serving_at(port, state) as (server, _):
+        ended = run("edge-client", "--resume", folder, *LIBRARY)
+        done(ended)
+        assert f"{newest} IS DAMAGED" in (ended.out if side == "edge" else server.err)
+    assert_same(saved, quiet)
+    assert "going on to step 35" in ended.out
 
 
 @pytest.mark.parametrize("server_knows", [True, False])

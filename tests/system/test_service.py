@@ -217,7 +217,8 @@ def test_session_that_nobody_wants_any_more_leaves_the_disk(tmp_path: Path) -> N
 def test_training_goes_on_where_a_disk_is_full(quiet: Quiet, tmp_path: Path, side: str) -> None:
     saved, kept, state = tmp_path / "model.safetensors", tmp_path / "run", tmp_path / "state"
     small, size = (kept, quiet.edge_bytes) if side == "edge" else (state, quiet.cloud_bytes)
-    with small_disk(small, pages_for_two(size)), serving(*LIBRARY, "--state-dir", state) as (server, address):
+    limits = ("--state-dir", state, "--state-limit", "1T")
+    with small_disk(small, pages_for_two(size)), serving(*LIBRARY, *limits) as (server, address):
         options = ("--steps", STEPS, "--save", saved, "--checkpoint", kept, "--checkpoint-every", 4)
         ended = train(address, *options)
         done(ended)
