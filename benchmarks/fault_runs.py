@@ -188,34 +188,35 @@ class Exchange:
 
     Attributes:
         kind: of the message.
-        after: it comes only once connections were lost, right behind such frames; they are cut before it each time.
+        after: it comes only once connections were lost: these cuts are made before it each time.
     """
 
     kind: str
-    after: tuple[str, ...] = ()
+    after: tuple[FrameCut, ...] = ()
 
     def cuts(self, offsets: Sequence[int]) -> list[FrameCut]:
         """Cuts at these bytes, with an undisturbed exchange between two of them."""
         cuts: list[FrameCut] = []
         for offset in offsets:
-            first, *others = [*(FrameCut(kind, WHOLE) for kind in self.after), FrameCut(self.kind, offset)]
+            first, *others = [*self.after, FrameCut(self.kind, offset)]
             cuts += [replace(first, skip=1), *others]
         return cuts
 
 
 WHOLE = 1 << 30
+_LOST = FrameCut("commit", WHOLE)
 EXCHANGES = (
     Exchange("commit"),
     Exchange("committed"),
-    Exchange("rejoin", after=("commit",)),
-    Exchange("ready", after=("commit",)),
-    Exchange("resume", after=("commit", "rejoin")),  # a ticket is good for once
+    Exchange("rejoin", after=(_LOST,)),
+    Exchange("ready", after=(_LOST,)),
+    Exchange("resume", after=(_LOST, FrameCut("rejoin", 10))),  # a ticket is good for once
 )
 
 
 def head_sizes(address: str, job: Job) -> dict[str, int]:
     """Bytes of the frames of `EXCHANGES`, the longest of each, in a run in which connections were lost."""
-    watch = CutFrames([FrameCut("commit", WHOLE, skip=2), FrameCut("rejoin", WHOLE)])
+    watch = CutFrames([FrameCut("commit", WHOLE, skip=2), FrameCut("rejoin", 10)])
     with FaultyProxy(address, watch) as proxy:
         ended = train_to_end(proxy.address, job, 6, 0)
     assert ended.status == 0, ended.err

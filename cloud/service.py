@@ -97,7 +97,7 @@ class Service:
                 "the server is shutting down" if self.draining else "nothing was done for long"
             )
 
-    # Beginning. Both return with the tenant's lock held, so that nobody else takes the session up.
+    # Beginning. Each returns with the tenant's lock held, so that nobody else takes the session up.
 
     async def _open(self, message: Open) -> tuple[Tenant, Ready]:
         if self._register.find(message.session) is not None:
@@ -163,6 +163,9 @@ class Service:
             if self.draining:
                 raise Refused("draining", "the server is shutting down; come back later")
             tenant = self._register.tenants.setdefault(tenant.key, tenant)
+            tenant.ticket = (
+                None  # the newest connection has the session: none that comes late gets in before it
+            )
             await tenant.lock.acquire()
             if self._register.tenants.get(tenant.key) is tenant and not self.draining:
                 return tenant

@@ -249,7 +249,7 @@ class Tenant:
     async def close(self) -> None:
         """Give up what is in memory."""
         await self.saved()
-        session, self.session = self.session, None
+        session, self.session, self.ticket = self.session, None, None
         if session is not None:
             await session.close()
         self.in_memory, self.memory_bytes = False, 0

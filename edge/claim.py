@@ -12,7 +12,7 @@ from edge.link import Link
 from edge.outcome import Outcome
 from edge.run_folder import RunFolder, SessionKey
 from wire.auth import REJOIN, REJOINED, is_proof, prove
-from wire.config import DEFAULT_LIMITS
+from wire.config import WireConfig
 from wire.errors import AuthenticationFailed, PeerError, RemoteProtocolError, WireError
 from wire.messages import Ready, Rejoin, Welcome
 from wire.transport import ComingBack
@@ -65,24 +65,27 @@ class Claim:
         if folder is not None and ready.saves and not self._is_written:
             folder.write_settings(self._config, self._key)
             self._is_written = True
-        if link.connection.welcome is not None:
-            self._ticket = ready.ticket, link.connection.welcome
+        assert link.connection.welcome is not None
+        self._ticket = ready.ticket, link.connection.welcome
         return ready
 
-    def come_back(self, last: Outcome) -> ComingBack | None:
+    def come_back(self, last: Outcome, wire: WireConfig) -> ComingBack | None:
         """Return what the next connection begins with; None where it has to ask.
 
         Args:
             last: of the last step concluded here.
+            wire: settings of the connection.
         """
         if self._key is None or self._ticket is None or last.step == 0 or not self.remembers:
             return None
-        (ticket, welcome), self._ticket = self._ticket, None
+        if wire.token is not None and wire.tls is None:
+            return None  # whoever answers has to prove that it knows the token, before anything of the data crosses
+        ticket, welcome = self._ticket
         nonce = secrets.token_bytes(32)
         self._coming_back = Rejoin(
             version=welcome.version,
-            max_header=DEFAULT_LIMITS.max_header,
-            max_payload=DEFAULT_LIMITS.max_payload,
+            max_header=wire.limits.max_header,
+            max_payload=wire.limits.max_payload,
             session=self._key.session,
             nonce=nonce,
             mac=prove(self._key.secret, REJOIN, ticket, nonce, self._key.session),
@@ -91,6 +94,10 @@ class Claim:
             scale=last.scale,
         )
         return self._coming_back, welcome
+
+    def spend(self) -> None:
+        """Take note that what `come_back` returned is on its way: it is of no use again."""
+        self._ticket = None
 
     def came_back(self, ready: Ready, link: Link) -> None:
         """Take the answer to what `come_back` returned.

@@ -158,7 +158,9 @@ class Link:
         await self.send(message)
 
     async def confirmed(self) -> None:
-        """Wait until the server has applied the last committed step, if any."""
+        """Wait until the server has applied the last committed step, if any: or is ready, where this link is back."""
+        if self.is_back:
+            await self.answered(self._ready)
         if self._committing is not None:
             await self.answered(self._committing)
             self._committing = None

@@ -73,6 +73,7 @@ class Patience:
         self._rng = rng or random.Random()
         self._since: float | None = None
         self._tries = self._odd = 0
+        self._stale = False
 
     def progressed(self) -> None:
         """Something came of the last try: a step was made."""
@@ -89,6 +90,10 @@ class Patience:
         if self._since is None:
             self._since = now
         self._odd += is_odd(error)
+        if isinstance(error, PeerError) and error.code == _STALE and not self._stale:
+            self._stale = True
+            return 0.0
+        self._stale = False
         wait_s = min(FIRST_S * 2.0 ** min(self._tries, 30), MOST_S) * self._rng.uniform(0.5, 1.0)
         self._tries += 1
         if self._odd > MOST_ODD or now + wait_s - self._since > self._give_up_after_s:

@@ -12,6 +12,7 @@ from edge.link import Link, open_link
 from edge.progress import Progress
 from edge.reconnect import Patience, is_turned_away, may_pass
 from edge.security import wire_config
+from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, WireError
 from wire.transport import ComingBack
 
@@ -44,7 +45,7 @@ class Supervisor:
         tracer: Tracer,
         *,
         lost: Callable[[Link | None], Awaitable[None]],
-        come_back: Callable[[], ComingBack | None],
+        come_back: Callable[[WireConfig], ComingBack | None],
         begins_anew: Callable[[WireError], bool],
         where: Callable[[], str],
     ) -> None:
@@ -80,7 +81,7 @@ class Supervisor:
         while True:
             link: Link | None = None
             try:
-                back = self._come_back()
+                back = self._come_back(self._wire)
                 async with open_link(*self._address, self._tracer, self._wire, back) as link:
                     self._was_connected = True
                     return await use(link)

@@ -58,7 +58,7 @@ class Trainer:
             progress,
             self._tracer,
             lost=self._lost,
-            come_back=lambda: self._claim.come_back(self._last),
+            come_back=lambda wire: self._claim.come_back(self._last, wire),
             begins_anew=lambda error: self._claim.begins_anew(error),
             where=lambda: self._where,
         )
@@ -133,6 +133,7 @@ class Trainer:
         """Ask for the job, or for the session of before, and go to the step that both sides go on from."""
         self._records.connected(link)
         if self._context is not None and link.is_back:
+            self._claim.spend()
             self._context.link, link.on_ready = link, self._came_back
             return  # at once: the server's answer changes nothing
         if self._job is None:

@@ -68,7 +68,7 @@ class Greeting:
         limits = self._config.limits
         return Hello(self._config.versions, self._config.software, limits.max_header, limits.max_payload)
 
-    def check(self, message: Rejoin) -> None:
+    def admit(self, message: Rejoin) -> None:
         """Let a client in that comes back, or raise `StaleTicket`."""
         if message.version not in self._config.versions or not self.redeem(message):
             raise StaleTicket("there is nothing to rejoin with this ticket; greet, and resume")

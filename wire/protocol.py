@@ -146,9 +146,10 @@ class Protocol:
     @property
     def timeout_s(self) -> float:
         """Seconds of silence after which the peer counts as lost."""
-        if not self.established:
-            return self.config.handshake_s
-        return self.config.timeout_s if self.config.timeout_s is not None else 3 * self.heartbeat_s
+        timeout_s = self.config.timeout_s if self.config.timeout_s is not None else 3 * self.heartbeat_s
+        if self.role is Role.CLIENT and self.phase is Phase.REJOINING and not self.received_bytes:
+            return min(timeout_s, self.config.handshake_s)  # nobody has answered yet
+        return timeout_s if self.established else self.config.handshake_s
 
     @property
     def arriving(self) -> bool:
@@ -290,7 +291,7 @@ class Protocol:
             case Hello() | Challenge() | Proof() | Welcome():
                 self.replies += self.greeting.answer(message)
             case Rejoin():
-                self.greeting.check(message)
+                self.greeting.admit(message)
                 return False
             case Error(code, text):
                 raise PeerError(code, text)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from wire.channel import Channel
 from wire.config import WireConfig
-from wire.errors import ConnectFailed, ConnectionLost, ForeignProtocol, WireError
+from wire.errors import ConnectFailed, ConnectionLost, ForeignProtocol, TlsFailed, WireError
 from wire.greeting import Redeem
 from wire.limiter import AttemptLimiter
 from wire.messages import Bye, Error, Hello, Message, Rejoin, Welcome
@@ -406,7 +406,7 @@ async def connect(
     if failure is not None:
         await connection.close()
         reason, final = explain_refusal(failure), is_final(failure)
-        hung_up = isinstance(failure, ConnectionLost) and not final
+        hung_up = isinstance(failure, ConnectionLost) and not isinstance(failure, TlsFailed)
         raise ConnectFailed(host, port, reason, final=final, hung_up=hung_up) from None
     return connection
 

@@ -29,8 +29,10 @@ from common.errors import CheckpointFailed, IsthmusError
 from edge.job import prepare
 from tests.cloud.fake_client import Client, Receipt
 from tests.tiny_job import TINY_JOB
+from wire.auth import REJOIN, prove
+from wire.config import PROTOCOL_VERSIONS
 from wire.errors import StorageFailed, WireError
-from wire.messages import Begin, Bye, Forward, Message, Ready, Save, Saved
+from wire.messages import Begin, Bye, Forward, Message, Ready, Rejoin, Save, Saved
 from wire.streams import StreamEncoder, chunk_message, facts_of
 
 LIMITS = Limits(sessions=2, memory_bytes=1 << 34, disk_bytes=1 << 34, park_s=600.0, forget_s=3600.0)
@@ -596,5 +598,42 @@ def test_sessions_that_are_on_disk_count_as_parked_from_the_start(spec: Any, tmp
             health = json.loads(serving.register.monitor.health()[1])
             assert (health["sessions"], health["parked"]) == (1, 1)
             sweeping.cancel()
+
+    run(test)
+
+
+def rejoins(client: Client, ticket: bytes) -> Rejoin:
+    nonce = os.urandom(32)
+    mac = prove(client.secret, REJOIN, ticket, nonce, client.key)
+    return Rejoin(PROTOCOL_VERSIONS[0], 1 << 20, 1 << 30, client.key, nonce, mac, 0, True, None)
+
+
+def test_client_that_comes_late_does_not_take_the_session_from_a_newer_one(spec: Any) -> None:
+    async def test() -> None:
+        async with served(None) as serving:
+            client, attending = await serving.opened(spec)
+            ticket = (await client.until(Ready)).ticket
+            client.abort()
+            await ended(attending)
+            async with serving.register.tenants[client.key].lock:
+                newer = Client(client.key, client.secret)
+                newer.resumes(0)
+                serving.attend(newer)
+                await asyncio.sleep(0.05)  # it has proved whose it is, and waits for the session
+                assert not serving.service.redeem(rejoins(client, ticket))
+            await newer.until(Ready)
+
+    run(test)
+
+
+def test_ticket_is_for_a_session_in_memory(spec: Any, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as serving:
+            client = await serving.at_rest(spec)
+            tenant = serving.register.tenants[client.key]
+            ticket = tenant.ticket
+            assert ticket is not None
+            await tenant.park()
+            assert not serving.service.redeem(rejoins(client, ticket))
 
     run(test)

@@ -1,6 +1,7 @@
 """Asking for a session, and what a run keeps of it: whatever answer is lost, there is a way to go on."""
 
 import asyncio
+import ssl
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,14 @@ from edge.progress import SilentProgress
 from edge.run_folder import RunFolder, SessionKey, read_settings
 from edge.saves import Saves
 from edge.trainer import Trainer
-from tests.wire.pair import SAMPLES
+from tests.wire.pair import SAMPLES, TOKEN
 from wire.auth import REJOIN, REJOINED, is_proof, prove
+from wire.config import WireConfig
 from wire.errors import AuthenticationFailed, ConnectionLost, PeerError, RemoteProtocolError
 from wire.messages import Ready, Rejoin, Saved
 
 CONFIG = TrainConfig(server="nowhere:1")
+WIRE = WireConfig()
 READY = Ready(
     0,
     need_weights=False,
@@ -193,17 +196,21 @@ def answer_to(claim: Claim, asked: Rejoin, **changes: Any) -> Ready:
 def test_ticket_is_good_for_one_connection() -> None:
     async def come_back() -> None:
         claim, link = await claimed()
-        assert claim.come_back(Outcome()) is None  # nothing to go on from: that does not use it up
-        back = claim.come_back(Outcome(3, scale=0.5))
+        assert claim.come_back(Outcome(), WIRE) is None  # nothing to go on from
+        assert (
+            claim.come_back(Outcome(3), WIRE) is not None
+        )  # which nobody could be told: there is no connection
+        back = claim.come_back(Outcome(3, scale=0.5), WIRE)
         assert back is not None
         asked, welcome = back
         assert (asked.step, asked.applied, asked.scale) == (3, True, 0.5)
         assert welcome is link.connection.welcome
         key: Any = claim._key
         assert is_proof(asked.mac, key.secret, REJOIN, READY.ticket, asked.nonce, key.session)
-        assert claim.come_back(Outcome(3)) is None
+        claim.spend()
+        assert claim.come_back(Outcome(3), WIRE) is None
         claim.came_back(answer_to(claim, asked), link)  # type: ignore[arg-type]
-        again = claim.come_back(Outcome(4))
+        again = claim.come_back(Outcome(4), WIRE)
         assert again is not None
         assert is_proof(again[0].mac, key.secret, REJOIN, bytes([1] * 32), again[0].nonce, key.session)
 
@@ -224,7 +231,7 @@ def test_answer_that_is_not_of_the_session_ends_the_connection(
 ) -> None:
     async def come_back() -> None:
         claim, link = await claimed()
-        back = claim.come_back(Outcome(3))
+        back = claim.come_back(Outcome(3), WIRE)
         assert back is not None
         with pytest.raises(error):
             claim.came_back(answer_to(claim, back[0], **changes), link)  # type: ignore[arg-type]
@@ -236,7 +243,17 @@ def test_run_that_goes_back_to_a_checkpoint_asks() -> None:
     async def come_back() -> None:
         claim, _ = await claimed()
         claim.remembers = False
-        assert claim.come_back(Outcome(3)) is None
+        assert claim.come_back(Outcome(3), WIRE) is None
+
+    run(come_back())
+
+
+def test_nothing_is_said_to_whom_a_token_has_to_prove_before_it_is_proved() -> None:
+    async def come_back() -> None:
+        claim, _ = await claimed()
+        assert claim.come_back(Outcome(3), WireConfig(token=TOKEN)) is None
+        over_tls = WireConfig(token=TOKEN, tls=ssl.create_default_context())  # which the certificate proves
+        assert claim.come_back(Outcome(3), over_tls) is not None
 
     run(come_back())
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.fault_plans import CutFrames, FrameCut
 from benchmarks.fault_runs import (
+    IMPORTS,
     JOBS,
     WHOLE,
     differing,
@@ -18,7 +19,7 @@ from benchmarks.fault_runs import (
     train_to_end,
 )
 from benchmarks.faulty_proxy import FaultyProxy
-from tests.system.processes import Command
+from tests.system.processes import Command, serving
 
 STEPS, FAULTS = 25, 20
 
@@ -69,3 +70,17 @@ def test_client_whose_ticket_is_lost_asks_as_if_it_had_none(server: tuple[Comman
     assert ended.status == 0, ended.err
     assert not plan.cuts
     assert [seen.kind for seen in plan.seen] == ["hello", "rejoin", "hello", "resume"]
+
+
+def test_run_is_done_only_once_the_server_has_its_last_step() -> None:
+    plan = CutFrames([FrameCut("commit", WHOLE, skip=3)], keep=("ready", "bye"))
+    with serving(*IMPORTS, "--max-sessions", 1) as (server, address):
+        with FaultyProxy(address, plan, delay_s=0.05) as proxy:
+            assert train_to_end(proxy.address, JOBS["none"], 4, 0).status == 0  # no weights are fetched
+        assert not plan.cuts
+        assert [seen.kind for seen in plan.seen][:3] == ["ready", "ready", "bye"]
+        # And the session is gone with it, or this one would find no room.
+        ended = train_to_end(address, JOBS["none"], 2, 0)
+        assert (ended.status, ended.err) == (0, "")
+        assert "busy" not in ended.out
+        assert "no session with" not in server.err

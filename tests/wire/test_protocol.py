@@ -348,6 +348,13 @@ def test_silence_before_the_welcome_has_its_own_limit() -> None:
     assert end.timeout_s == 3.0
 
 
+def test_silence_behind_a_rejoin_has_that_limit_too_until_somebody_answers() -> None:
+    pair = ProtocolPair(WireConfig(handshake_s=3.0), WireConfig(handshake_s=3.0)).bring_to(Phase.REJOINING)
+    assert (pair.client.timeout_s, pair.server.timeout_s) == (3.0, 15.0)
+    pair.send(pair.server, SAMPLES["ping"])  # which it does at once, while the session is still looked for
+    assert pair.client.timeout_s == 15.0
+
+
 def test_dishonest_pong_does_not_spoil_the_clock() -> None:
     pair = ProtocolPair().bring_to(Phase.RUNNING)
     pair.client.heartbeat()

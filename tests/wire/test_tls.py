@@ -33,9 +33,9 @@ from tests.wire.test_transport import (
 )
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, PeerError
-from wire.messages import Bye, Forward
+from wire.messages import Bye, Forward, Message
 from wire.tls import client_context, parse_fingerprint, server_context, spell_fingerprint
-from wire.transport import Connection, connect
+from wire.transport import Connection, connect, serve
 
 _FOLDER = TemporaryDirectory()
 FOLDER = Path(_FOLDER.name)
@@ -259,6 +259,26 @@ async def test_report_of_a_failure_is_the_last_that_arrives() -> None:
         with pytest.raises(PeerError, match="there is no such model"):
             await connection.receive()
         await connection.close()
+
+
+@on_both_loops
+async def test_client_comes_back_in_one_flight() -> None:
+    coming_back: Any = (SAMPLES["rejoin"], SAMPLES["welcome"])
+    seen: list[Message] = []
+
+    async def take(connection: Connection) -> None:
+        seen.extend([await connection.receive(), await connection.receive()])
+        await connection.send(SAMPLES["ready"])
+        assert isinstance(await connection.receive(), Bye)
+
+    config = WireConfig(token=TOKEN, **of_server())
+    server = await serve("127.0.0.1", 0, take, config, redeem=lambda message: True)
+    connection = await connect(server.host, server.port, WireConfig(token=TOKEN, **PINNED), coming_back)
+    await connection.send(SAMPLES["begin"])
+    assert await connection.receive() == SAMPLES["ready"]
+    assert seen == [SAMPLES["rejoin"], SAMPLES["begin"]]
+    await connection.close()
+    await server.close()
 
 
 @on_both_loops
