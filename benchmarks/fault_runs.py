@@ -210,13 +210,15 @@ EXCHANGES = (
     Exchange("committed"),
     Exchange("rejoin", after=(_LOST,)),
     Exchange("ready", after=(_LOST,)),
-    Exchange("resume", after=(_LOST, FrameCut("rejoin", 10))),  # a ticket is good for once
+    Exchange(
+        "resume", after=(_LOST, FrameCut("ready", 10))
+    ),  # the ticket has been used, the next did not come
 )
 
 
 def head_sizes(address: str, job: Job) -> dict[str, int]:
     """Bytes of the frames of `EXCHANGES`, the longest of each, in a run in which connections were lost."""
-    watch = CutFrames([FrameCut("commit", WHOLE, skip=2), FrameCut("rejoin", 10)])
+    watch = CutFrames([FrameCut("commit", WHOLE, skip=2), FrameCut("ready", 10)])
     with FaultyProxy(address, watch) as proxy:
         ended = train_to_end(proxy.address, job, 6, 0)
     assert ended.status == 0, ended.err
