@@ -43,6 +43,12 @@ class Score:
 
         return float(matthews_corrcoef(torch.cat(self.labels).numpy(), torch.cat(self.predicted).numpy()))
 
+    def extend(self, other: "Score") -> None:
+        """Count all that another one counts."""
+        self.loss_sum += other.loss_sum
+        self.predicted += other.predicted
+        self.labels += other.labels
+
     def add(self, mean_loss: float, logits: Tensor, labels: Tensor) -> None:
         """Count one chunk."""
         self.loss_sum += mean_loss * len(labels)

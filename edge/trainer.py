@@ -166,7 +166,7 @@ class Trainer:
         self._pipeline = Pipeline(context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16")
         self._feed = Feed(job, channels_last=ready.memory_format == "channels_last")
         self._tuner = Tuner(config.chunks, config.depth)
-        self._evaluations = Evaluations(job, self._progress, lambda: self._supervisor.stopping)
+        self._evaluations = Evaluations(job, self._progress, self._supervisor)
         if self._folder is not None:
             self._folder.update_settings(config)
             self._saves = Saves(self._folder, config.checkpoint_every, about(job), self._progress.note)
@@ -260,11 +260,9 @@ class Trainer:
                 self._job.parts.middle.free()  # the server has its weights: it has made a step with them
 
     async def _evaluate(self, step: int) -> None:
-        channels_last = self._feed.channels_last
-        score = await self._evaluations.run(self._pipeline, step, channels_last=channels_last)
+        score = await self._evaluations.run(self._pipeline, step, channels_last=self._feed.channels_last)
         if score is not None:
             self._records.evaluated(step, score)
-            self._supervisor.progressed()
 
     async def _collect(self, link: Link) -> dict[str, Tensor]:
         """Bring the trained model together where it is wanted, and write it where it was asked for."""

@@ -189,9 +189,9 @@ def shuffled(
             yield Plan(ids=order[number * batch_size : (number + 1) * batch_size], epoch=e, number=number)
 
 
-def in_order(n: int, batch_size: int) -> Iterator[Plan]:
-    """Yield batches of `n` samples, each once and in order."""
-    for number in range(batch_count(n, batch_size)):
+def in_order(n: int, batch_size: int, start_batch: int = 0) -> Iterator[Plan]:
+    """Yield batches of `n` samples, each once and in order, from one of them on."""
+    for number in range(start_batch, batch_count(n, batch_size)):
         yield Plan(
             ids=np.arange(number * batch_size, min((number + 1) * batch_size, n)), epoch=0, number=number
         )
@@ -261,6 +261,7 @@ def eval_batches(
     image_size: int,
     normalise: Normalise,
     channels_last: bool = False,
+    start_batch: int = 0,
     ahead: int = 2,
     threads: int = 1,
 ) -> Batches:
@@ -271,7 +272,7 @@ def eval_batches(
         pixels = to_tensor(images, image_size, normalise, channels_last=channels_last)
         return batch_of(source.labels, plan, (pixels,))
 
-    return Batches(in_order(len(source), batch_size), prepare, ahead=ahead, threads=threads)
+    return Batches(in_order(len(source), batch_size, start_batch), prepare, ahead=ahead, threads=threads)
 
 
 def batch_of(labels: NDArray[np.int64], plan: Plan, inputs: tuple[Tensor, ...]) -> Batch:

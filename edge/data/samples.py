@@ -41,8 +41,8 @@ class Samples(Protocol):
         """Read shuffled training batches of `epochs` epochs, from the epoch and the batch in it that `start` names."""
         ...
 
-    def test(self, *, batch_size: int, channels_last: bool) -> Batches:
-        """Read every test sample once, in order."""
+    def test(self, *, batch_size: int, channels_last: bool, start_batch: int = 0) -> Batches:
+        """Read every test sample once, in order, from one of the batches on."""
         ...
 
     def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
@@ -97,7 +97,7 @@ class ImageSamples:
             channels_last=channels_last,
         )
 
-    def test(self, *, batch_size: int, channels_last: bool) -> Batches:
+    def test(self, *, batch_size: int, channels_last: bool, start_batch: int = 0) -> Batches:
         """See `Samples`."""
         return eval_batches(
             self._dataset.test,
@@ -105,6 +105,7 @@ class ImageSamples:
             image_size=self._image_size,
             normalise=self._dataset.normalise,
             channels_last=channels_last,
+            start_batch=start_batch,
             ahead=4,
         )
 
@@ -156,9 +157,9 @@ class TextSamples:
         )
         return Batches(plans, self._reader(self._dataset.train))
 
-    def test(self, *, batch_size: int, channels_last: bool) -> Batches:
+    def test(self, *, batch_size: int, channels_last: bool, start_batch: int = 0) -> Batches:
         """See `Samples`."""
-        plans = in_order(self.test_size, batch_size)
+        plans = in_order(self.test_size, batch_size, start_batch)
         return Batches(plans, self._reader(self._dataset.test), ahead=4)
 
     def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
