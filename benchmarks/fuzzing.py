@@ -21,9 +21,10 @@ from dataclasses import dataclass, field, fields
 
 from benchmarks.intruder import Held, Intruder, Refused, is_unfinished
 from benchmarks.mutations import MUTATIONS, RealFrame, prelude
+from wire.config import PROTOCOL_VERSIONS
 from wire.errors import RemoteProtocolError
 from wire.frames import encode_frame_head
-from wire.messages import Abort, Error, Fetch, Resume
+from wire.messages import Abort, Error, Fetch, Rejoin, Resume
 from wire.protocol import TRANSITIONS, Phase, Role
 
 _NOISE_SIZES = (1, 23, 24, 25, 100, 1000, 10_000, 65_536)
@@ -33,6 +34,7 @@ _MADE = (
     Abort(step=1, reason="not finite"),
     Error("failed", "no reason"),
     Resume(bytes(16), bytes(32), step=1, applied=True, scale=None, saved=[]),
+    Rejoin(PROTOCOL_VERSIONS[0], 4096, 0, bytes(16), bytes(32), bytes(32), step=1, applied=True, scale=None),
 )
 """Right messages of kinds that the client which was recorded need not have sent."""
 

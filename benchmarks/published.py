@@ -5,7 +5,7 @@ RoBERTa-base on CoLA: accuracy, 85.1 without compression. MobileNetV2 on CIFAR-1
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 TEXT_BASELINE, IMAGE_BASELINE = 85.1, 95.94
 
@@ -72,9 +72,6 @@ DECAY = (
     _decay(300, 1, 9, "1e-4", second=0.95),
 )
 """Steps, rate, iterations, L1: with a second rate on the sequence axis too, which a first rate of 1 leaves alone."""
-
-DECAY_PCA = tuple(replace(row, compress=f"{row.compress},start=pca") for row in DECAY)
-"""The same rows from the principal axes: a short schedule does not get over what the identity's last axes carried."""
 
 LOWRANK_TEXT = (
     Row(label="rank 128", compress="lowrank:128", rate=1.17, accuracy=85.2),

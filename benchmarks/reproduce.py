@@ -5,7 +5,6 @@
 TABLE is one of
 
     decay          decaying linear layers, on CoLA: 14 rows
-    decay-pca      the same, from the principal axes instead of the identity
     lowrank        power iteration, on CoLA: 4 ranks
     text-chains    fewer than a hundredth of the bytes, on CoLA
     conv           inserted convolutions, on CIFAR-10: 3 rates
@@ -56,12 +55,11 @@ RECORDS = ROOT / "docs" / "reproduced.json"
 RESULTS = ROOT / "docs" / "results.md"
 NONE = Row(label="none", compress="none", rate=1.0)
 
-BASELINES = {"decay": "text", "decay-pca": "text", "lowrank": "text", "text-chains": "text-chains"}
+BASELINES = {"decay": "text", "lowrank": "text", "text-chains": "text-chains"}
 """Which tables share their uncompressed runs; all of images do."""
 
 TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "decay": ("text", published.DECAY),
-    "decay-pca": ("text", published.DECAY_PCA),
     "lowrank": ("text", published.LOWRANK_TEXT),
     "text-chains": ("text", published.TEXT_CHAINS),
     "conv": ("image", published.CONV),
