@@ -63,6 +63,7 @@ class CheckpointFolder:
         self._disk = disk or Disk()
         self._sound: set[int] = set()  # checked, or written by this object
         self._damaged: set[int] = set()
+        self._unread: set[int] = set()  # the last check could not read them, which may pass
         with self._failing(f"there can be no checkpoints in {path}"):
             self._disk.make_folder(path)
             names = os.listdir(path)
@@ -76,7 +77,18 @@ class CheckpointFolder:
         Raises:
             CheckpointFailed: the folder cannot be read.
         """
-        return [step for step in self._named() if step not in self._damaged and self._is_whole(step)]
+        passed_over = self._damaged | self._unread
+        return [step for step in self.named() if step not in passed_over and self._is_whole(step)]
+
+    def named(self) -> list[int]:
+        """Return the steps that files here are named after, ascending, whether they are any good or not.
+
+        Raises:
+            CheckpointFailed: the folder cannot be read.
+        """
+        with self._failing(f"the checkpoints in {self.path} cannot be listed"):
+            names = os.listdir(self.path)
+        return sorted({int(found[1]) for name in names if (found := _NAME.fullmatch(name))})
 
     def check(self, warn: Callable[[str], None]) -> None:
         """Read all checkpoints through, unless that was done, and from now on pass over those that are damaged.
@@ -89,13 +101,16 @@ class CheckpointFolder:
         Raises:
             CheckpointFailed: the folder cannot be read.
         """
-        for step in self._named():
+        self._unread = set()
+        for step in self.named():
             if step in self._sound or step in self._damaged:
                 continue
             try:
                 sound = self._header(step) is not None and is_sound(self.file_of(step))
-            except OSError:
-                sound = False
+            except OSError as error:
+                self._unread.add(step)
+                warn(f"{self.file_of(step)} CANNOT BE READ: {error.strerror or error}; it is passed over")
+                continue
             (self._sound if sound else self._damaged).add(step)
             if not sound:
                 warn(
@@ -140,6 +155,7 @@ class CheckpointFolder:
                 raise
             self._sound.add(step)
             self._damaged.discard(step)
+            self._unread.discard(step)
             self._disk.sync_folder(self.path)
 
     def read(self, step: int) -> tuple[Any, dict[str, Any]]:
@@ -231,11 +247,6 @@ class CheckpointFolder:
                 self._disk.remove(path)
             finally:
                 os.close(descriptor)
-
-    def _named(self) -> list[int]:
-        with self._failing(f"the checkpoints in {self.path} cannot be listed"):
-            names = os.listdir(self.path)
-        return sorted({int(found[1]) for name in names if (found := _NAME.fullmatch(name))})
 
     def _is_whole(self, step: int) -> bool:
         try:

@@ -201,7 +201,9 @@ class MetricsWriter:
         if self._fd is None:
             raise ValueError("the metrics file is closed")
         try:
-            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+            mine = os.fstat(self._fd)
+            # A file that was moved away, as logs are, is not this run's to cut any more.
+            if stat.S_ISREG(mine.st_mode) and os.path.samestat(mine, os.stat(self._path)):
                 lines = Path(self._path).read_bytes().splitlines(keepends=True)
                 os.ftruncate(self._fd, sum(map(len, takewhile(lambda line: _is_before(line, step), lines))))
         except OSError as error:

@@ -59,7 +59,8 @@ class Claim:
             ready = await link.open(self._key, spec)
         else:
             saved = [] if folder is None else folder.steps
-            self._is_begun = last.step > 0 or (not self.remembers and any(saved))
+            # Damaged ones count, or a run that has come far would be begun anew in their place.
+            self._is_begun = last.step > 0 or (folder is not None and folder.came_to > 0)
             ready = await link.resume(self._key, last if self.remembers else None, saved[-_MOST_NAMED:])
         # Not before: what the server has not taken is no run. But the answer to the first question may be lost.
         if folder is not None and ready.saves and not self._is_written:

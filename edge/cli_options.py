@@ -108,7 +108,7 @@ TRAIN_OPTIONS = (
     _option("--train-limit", "Use only so many training images.", type=int),
     _option("--test-limit", "Use only so many test images.", type=int),
     _option("--eval-every", "Evaluate every so many steps; 0 for never.  [default: every epoch]", type=int),
-    _option("--give-up-after", "Seconds without a step until a lost link ends the run.", type=float),
+    _option("--give-up-after", "Seconds without any progress until a lost link ends the run.", type=float),
     _option(
         "--checkpoint",
         "Keep in this folder what --resume goes on from; the server keeps its part.",

@@ -52,7 +52,7 @@ class TrainConfig:
         train_limit: use only so many training samples.
         test_limit: use only so many test samples.
         eval_every: evaluate every so many steps; None for the end of each epoch; 0 for never.
-        give_up_after: seconds without a step until a lost link ends the run.
+        give_up_after: seconds without a step, or a piece of an evaluation, until a lost link ends the run.
         checkpoint: folder that the run can go on from; both sides write checkpoints then.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many stay.

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack
+from typing import Any
 
 from common.metrics import EvalReport, MetricsWriter, Report, StepReport, SummaryReport
 from common.stats import RunStats
@@ -135,6 +136,11 @@ class Records:
         self._begun = (-1, 0.0, 0, 0)
         if self._metrics is not None:
             self._metrics.rewind(step)
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The newest loss, accuracy and Matthews' correlation, by name; None where there is none."""
+        return {"loss": self.loss, "accuracy": self.accuracy, "mcc": self.mcc}
 
     def summary(self) -> SummaryReport:
         """Sum the run up, and report it."""

@@ -26,7 +26,7 @@ from common.errors import CheckpointFailed, UserError
 from edge.config import TrainConfig
 
 _SETTINGS = "run.json"
-_VERSION = 1
+_VERSION = 2
 
 MAY_CHANGE = (
     *("server", "checkpoint", "checkpoint_every", "keep_checkpoints", "give_up_after"),
@@ -82,6 +82,11 @@ class RunFolder:
     def has_common(self) -> bool:
         """Whether there is such a step."""
         return bool(self._here & self._there)
+
+    @property
+    def came_to(self) -> int:
+        """The highest step that there is a file of here, whole or damaged; 0 where there is none."""
+        return max(self._checkpoints.named(), default=0)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:

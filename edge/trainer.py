@@ -64,6 +64,7 @@ class Trainer:
         )
         self._claim = Claim(config, resumed)
         self.training = False
+        self._stopped: TrainingStopped | UserError | None = None
         self._job: Job | None = None
         self._context: Context | None = None
         self._saves: Saves | None = None
@@ -115,17 +116,16 @@ class Trainer:
                 self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
             raise TrainingStopped(f"{stopped}; {kept(self._config, self.steps)}") from stopped
-        records = self._records
-        scores = {"loss": records.loss, "accuracy": records.accuracy, "mcc": records.mcc}
-        return TrainResult(
-            steps=self.steps, total_steps=self.total_steps, summary=summary, state=state, **scores
-        )
+        made = {"steps": self.steps, "total_steps": self.total_steps}
+        return TrainResult(**made, **self._records.scores, summary=summary, state=state)
 
     async def _use(
         self, link: Link, resources: ExitStack
     ) -> tuple[TrainingStopped | UserError | None, dict[str, Tensor]]:
         await self._take_up(link, resources)
-        return await self._train_until_stopped(link), await self._collect(link)
+        if self._stopped is None:  # else only collecting failed, and is done again
+            self._stopped = await self._train_until_stopped(link)
+        return self._stopped, await self._collect(link)
 
     # Where a connection begins and ends.
 
@@ -192,6 +192,7 @@ class Trainer:
         await self._folder.went_back(step)
         self._records.went_back(step)
         self._evaluations.went_back()
+        self._stopped = None
         self._progress.note(f"{what} that both sides have")
         self._claim.remembers = True
 

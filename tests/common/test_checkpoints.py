@@ -291,6 +291,23 @@ def test_a_file_that_was_damaged_since_is_found_out_and_left_alone(tmp_path, at)
     assert_whole(folder, 5, 6, 7)
 
 
+def test_a_file_that_cannot_be_read_for_now_is_passed_over_for_now(tmp_path, monkeypatch):
+    folder, said = folder_with(tmp_path, 6, 7), []
+    folder = CheckpointFolder(tmp_path)
+
+    def fail(path):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("common.checkpoints.is_sound", fail)
+        folder.check(said.append)
+    assert folder.steps() == []
+    assert folder.named() == [6, 7]
+    assert all("CANNOT BE READ: too many open files" in line for line in said)
+    folder.check(pytest.fail)
+    assert folder.steps() == [6, 7]
+
+
 def test_what_was_written_or_checked_by_the_same_object_is_not_read_again(tmp_path, monkeypatch):
     folder_with(tmp_path, 6)
     folder, read = folder_with(tmp_path, 7), []

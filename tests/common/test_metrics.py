@@ -255,3 +255,13 @@ def test_recent_figures_of_nothing_are_unknown():
     assert recent.loss is None
     recent.add(a_step(accuracy=None))
     assert recent.accuracy is None
+
+
+def test_file_that_was_moved_away_is_not_cut(tmp_path):
+    path, moved = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.1"
+    path.write_text('{"event": "step", "step": 1}\n')
+    with MetricsWriter(path, warn=pytest.fail, append=True) as writer:
+        path.rename(moved)
+        path.touch()
+        writer.rewind(1)
+    assert moved.read_text() == '{"event": "step", "step": 1}\n'

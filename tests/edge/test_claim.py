@@ -86,7 +86,9 @@ def test_run_whose_first_answer_is_lost_can_be_gone_on_with(tmp_path: Path) -> N
 def test_run_that_was_killed_before_it_had_come_to_anything_begins_anew(saved: list[int], code: str) -> None:
     async def ask() -> None:
         link: Any = Link(PeerError(code, "unknown"), READY)
-        folder: Any = SimpleNamespace(steps=saved, write_settings=lambda config, key: None)
+        folder: Any = SimpleNamespace(
+            steps=saved, came_to=max(saved, default=0), write_settings=lambda config, key: None
+        )
         claim = Claim(CONFIG, SessionKey.new())
         assert not claim.remembers
         with pytest.raises(PeerError) as refused:
@@ -103,7 +105,9 @@ def test_run_that_was_killed_before_it_had_come_to_anything_begins_anew(saved: l
 def test_run_that_has_come_to_something_does_not(last: int, saved: list[int], resumed: bool) -> None:
     async def ask() -> None:
         link: Any = Link(READY, PeerError("unknown_session", "unknown"))
-        folder: Any = SimpleNamespace(steps=saved, write_settings=lambda config, key: None)
+        folder: Any = SimpleNamespace(
+            steps=saved, came_to=max(saved, default=0), write_settings=lambda config, key: None
+        )
         claim = Claim(CONFIG, SessionKey.new() if resumed else None)
         await claim.ask(link, None, Outcome(), folder)  # type: ignore[arg-type]
         with pytest.raises(PeerError) as refused:
@@ -113,14 +117,52 @@ def test_run_that_has_come_to_something_does_not(last: int, saved: list[int], re
     run(ask())
 
 
+def test_run_whose_checkpoints_are_all_damaged_is_not_begun_anew() -> None:
+    async def ask() -> None:
+        link: Any = Link(PeerError("no_common_step", "the client has none"))
+        claim = Claim(CONFIG, SessionKey.new())
+        with pytest.raises(PeerError) as refused:
+            await claim.ask(link, None, Outcome(), SimpleNamespace(steps=[], came_to=40))  # type: ignore[arg-type]
+        assert not claim.begins_anew(refused.value)
+
+    run(ask())
+
+
 def test_no_more_checkpoints_are_named_than_a_message_holds() -> None:
     async def ask() -> None:
         link: Any = Link(READY)
-        folder: Any = SimpleNamespace(steps=list(range(2000)))
+        folder: Any = SimpleNamespace(steps=list(range(2000)), came_to=1999)
         await Claim(CONFIG, SessionKey.new()).ask(link, None, Outcome(), folder)  # type: ignore[arg-type]
         assert link.asked == [(None, list(range(976, 2000)))]
 
     run(ask())
+
+
+def test_run_that_has_stopped_only_collects_once_the_link_is_back() -> None:
+    async def use() -> None:
+        trainer = Trainer(CONFIG, SilentProgress())
+        stopped, calls = UserError("sample 3 is damaged"), []
+
+        async def take_up(link: Any, resources: Any) -> None:
+            calls.append("take up")
+
+        async def train(link: Any) -> UserError:
+            calls.append("train")
+            return stopped
+
+        async def collect(link: Any) -> dict[str, Any]:
+            calls.append("collect")
+            if calls.count("collect") == 1:
+                raise ConnectionLost("gone")
+            return {}
+
+        trainer._take_up, trainer._train_until_stopped, trainer._collect = take_up, train, collect  # type: ignore
+        with pytest.raises(ConnectionLost):
+            await trainer._use(None, None)  # type: ignore[arg-type]
+        assert await trainer._use(None, None) == (stopped, {})  # type: ignore[arg-type]
+        assert calls == ["take up", "train", "collect", "take up", "collect"]
+
+    run(use())
 
 
 def test_going_back_that_the_link_is_lost_under_is_done_again() -> None:

@@ -145,6 +145,24 @@ def test_checkpoint_that_the_disk_has_damaged_is_passed_over(
     assert "going on to step 35" in ended.out
 
 
+def test_run_whose_checkpoints_are_all_damaged_ends_and_stays_as_it_is(
+    port: int, state: Path, tmp_path: Path
+) -> None:
+    folder, metrics = tmp_path / "run", tmp_path / "metrics.jsonl"
+    options = ("--steps", 10, "--metrics", metrics, "--checkpoint", folder, "--checkpoint-every", 5)
+    with serving_at(port, state) as (_, address):
+        assert train(address, *options).status == 0
+        for path in folder.glob("step-*"):
+            content = bytearray(path.read_bytes())
+            content[-200] ^= 1
+            path.write_bytes(content)
+        before = (folder / "run.json").read_text(), metrics.read_text()
+        ended = run("edge-client", "--resume", folder, *LIBRARY)
+    assert ended.status == 1
+    assert "have no checkpoint of the same step: the client has none" in ended.error
+    assert ((folder / "run.json").read_text(), metrics.read_text()) == before
+
+
 @pytest.mark.parametrize("server_knows", [True, False])
 def test_client_that_is_killed_before_its_first_checkpoint_begins_anew(
     quiet: Path, port: int, state: Path, tmp_path: Path, server_knows: bool
