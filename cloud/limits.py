@@ -32,6 +32,22 @@ class Crowded(Refused):
         super().__init__("busy", message)
 
 
+class DiskFull(Refused):
+    """There is no room on disk to keep a session.
+
+    Args:
+        message: one line for people.
+        for_good: as below.
+
+    Attributes:
+        for_good: nor would there be without the others.
+    """
+
+    def __init__(self, message: str, *, for_good: bool = False) -> None:
+        self.for_good = for_good
+        super().__init__("refused" if for_good else "busy", message)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What sessions may take.
@@ -42,7 +58,8 @@ class Limits:
         disk_bytes: of disk that one client's codecs may take.
         park_s: seconds without a word from a client until its session leaves memory.
         forget_s: seconds until nothing is left of it.
-        state_bytes: of disk that all sessions may take where they are kept; None for half of what there is.
+        state_bytes: of disk that all sessions may take where they are kept; None for half of what there is,
+            or for what they take at the start where that is more.
     """
 
     sessions: int

@@ -4,14 +4,14 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cloud.conversation import Conversation
+from cloud.disk_room import DiskRoom
 from cloud.limits import Crowded, Limits, Refused, TooLarge
 from cloud.monitoring import Monitor
-from cloud.state_folder import StateFolder
 from cloud.streams import GIB
 from cloud.tenant import Tenant
 from common.errors import IsthmusError
@@ -28,8 +28,6 @@ FAILURES = (IsthmusError, WireError, OSError)
 _SWEEP_S = 5.0
 _LOST_S = 60.0
 """A session that is kept nowhere may go after so long without its client, where another needs the room."""
-_MOST_UNUSED = 1000
-"""Sessions on disk that are not in memory; the one that was not used for longest is forgotten first."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,10 @@ class Register:
     Attributes:
         tenants: by key; those in memory, and those on disk that were asked for.
         visits: by key; of the clients that are here.
+        disk: the room where they are kept; None for nowhere.
+
+    Raises:
+        UserError: the folder cannot be read.
     """
 
     def __init__(self, limits: Limits, folder: Path | None, monitor: Monitor) -> None:
@@ -65,23 +67,23 @@ class Register:
         self.visits: dict[bytes, Visit] = {}
         self.limits = limits
         self.monitor = monitor
-        self._folder = None if folder is None else StateFolder(folder, limits.state_bytes)
-        self._kept: frozenset[bytes] = frozenset()  # on disk, when that was last looked at
-        self._forgetting = asyncio.Lock()
+        self.disk = None if folder is None else DiskRoom(folder, limits, self.tenants, self._is_unused)
+        self._stopping = asyncio.Event()
         self._admission = asyncio.Lock()
         self._memory = threading.Lock()
         self._most_in_memory = 0  # since the last sweep
 
     def new(self, key: bytes, secret: bytes, spec: JobSpec) -> Tenant:
         """Make a session, with a folder where sessions are kept on disk."""
-        folder = None if self._folder is None else self._folder.of(key)
-        return Tenant(key, secret, spec, folder, self.monitor, self.keep_room)
+        if self.disk is None:
+            return Tenant(key, secret, spec, None, self.monitor)
+        return Tenant(key, secret, spec, self.disk.folder.of(key), self.monitor, partial(self.disk.room, key))
 
     def find(self, key: bytes) -> Tenant | None:
         """Return a session, in memory or on disk."""
         tenant = self.tenants.get(key)
-        if tenant is None and self._folder is not None:
-            tenant = Tenant.found(key, self._folder.of(key), self.monitor, self.keep_room)
+        if tenant is None and self.disk is not None:
+            tenant = Tenant.found(key, self.disk.folder.of(key), self.monitor, partial(self.disk.room, key))
         return tenant
 
     async def admit(self, tenant: Tenant) -> None:
@@ -182,20 +184,22 @@ class Register:
 
     def count(self) -> None:
         """Tell how many sessions there are."""
-        parked = {key for key, tenant in self.tenants.items() if tenant.session is None}
-        parked |= self._kept - self.tenants.keys()
+        parked = {key for key in self.tenants if self._is_unused(key)}
+        if self.disk is not None:
+            parked |= self.disk.kept - self.tenants.keys()
         self.monitor.set_sessions(active=len(self.visits), parked=len(parked))
 
     async def sweep(self) -> None:
-        """Park and forget, for ever, what its clients have left."""
-        while True:
+        """Park and forget what its clients have left, until that is to stop."""
+        while not self._stopping.is_set():
             for tenant in list(self.tenants.values()):
                 try:
                     await self._sweep(tenant)
                 except FAILURES as error:
                     logger.error("session %s cannot be parked: %s", tenant.name, error)
             try:
-                await self._forget_old()
+                if self.disk is not None and not self._stopping.is_set():
+                    await self.disk.forget_old()
             except OSError as error:
                 logger.error("old sessions cannot be looked for: %s", error)
             self.count()
@@ -203,7 +207,13 @@ class Register:
             if in_memory < self._most_in_memory:
                 await asyncio.to_thread(release_memory)
             self._most_in_memory = in_memory
-            await asyncio.sleep(min(_SWEEP_S, self.limits.park_s / 2))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(_SWEEP_S, self.limits.park_s / 2)):
+                    await self._stopping.wait()
+
+    def stop_sweeping(self) -> None:
+        """Forget no more sessions; one that is being parked is."""
+        self._stopping.set()
 
     async def _sweep(self, tenant: Tenant) -> None:
         if tenant.lock.locked() or tenant.key in self.visits or tenant.idle_s < self.limits.park_s:
@@ -213,66 +223,6 @@ class Register:
                 await self.end(tenant)
         elif tenant.session is not None and tenant.checkpoints is not None:
             await self._rest(tenant)
-
-    async def keep_room(self, nbytes: int) -> None:
-        """See that so much more may be kept on disk, at the cost of sessions that nobody uses.
-
-        Raises:
-            TooLarge: it is more than all may take.
-            Refused: those that are used take too much.
-        """
-        if self._folder is None:
-            return
-        most = f"{self._folder.most_bytes / GIB:.3g} GiB (--state-limit)"
-        if nbytes > self._folder.most_bytes:
-            raise TooLarge(
-                f"{nbytes / GIB:.3g} GiB are to be kept on the server's disk, which has {most} for all"
-            )
-        try:
-            excess = await self._forget_old(nbytes)
-        except OSError as error:
-            raise Refused("busy", f"the server's --state-dir fails: {error.strerror or error}") from error
-        if excess > 0:
-            raise Refused(
-                "busy", f"sessions in use take all that the server keeps on disk, {most}; try later"
-            )
-
-    async def _forget_old(self, more: int = 0) -> int:
-        """Remove sessions from disk that nobody has used for long, or that others need the room of, oldest first.
-
-        Args:
-            more: bytes that there has to be room for. Nothing goes where that would not suffice.
-
-        Returns:
-            Bytes by which that fails; at most 0 where it does not.
-
-        Raises:
-            OSError: they cannot be looked for.
-        """
-        if self._folder is None:
-            return 0
-        async with self._forgetting:
-            kept = await asyncio.to_thread(self._folder.look)
-            excess = more + sum(each.nbytes for each in kept) - self._folder.most_bytes
-            # No waiting from here: a client that comes finds its session whole and in use, or does not find it.
-            unused = [each for each in kept if self._is_unused(each.key)]
-            if more and excess > sum(each.nbytes for each in unused):
-                return excess
-            oldest_s = time.time() - self.limits.forget_s
-            gone = set()
-            for left, each in zip(range(len(unused), 0, -1), unused, strict=True):
-                is_old = each.used_s < oldest_s
-                if is_old or left > _MOST_UNUSED or excess > 0:
-                    with contextlib.suppress(OSError):
-                        self._folder.set_aside(each.key)
-                        self.tenants.pop(each.key, None)
-                        gone.add(each.key)
-                        excess -= each.nbytes
-                        why = "nobody came back for it" if is_old else "others need its room on disk"
-                        logger.warning("session %s is forgotten: %s", each.key.hex()[:8], why)
-            self._kept = frozenset(each.key for each in kept) - gone
-        await asyncio.to_thread(self._folder.clear)
-        return excess
 
     def _is_unused(self, key: bytes) -> bool:
         """Whether a session is on disk alone, and nobody asks for it."""

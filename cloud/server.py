@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cloud.device import Device
 from cloud.endpoint import monitoring_endpoint
-from cloud.limits import Crowded, Limits, TooLarge
+from cloud.limits import Crowded, DiskFull, Limits, TooLarge
 from cloud.monitoring import Monitor
 from cloud.register import Register
 from cloud.security import Security
@@ -147,6 +147,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
                     yield server
                 finally:  # still watched: whoever asks is told that the server drains
                     server.stop_listening()
+                    register.stop_sweeping()  # what is written now is for clients that come back
                     await service.drain(config.drain_s)
         finally:
             sweeping.cancel()
@@ -189,9 +190,8 @@ async def _serve_one(connection: Connection, service: Service, monitor: Monitor)
         await service.attend(connection)
     except IsthmusError as error:
         logger.warning("%s: refused: %s", connection.peer, error)
-        code = getattr(error, "code", "refused")
-        monitor.refused("memory" if isinstance(error, Crowded | TooLarge) else _REASONS.get(code, "job"))
-        await connection.fail(code, str(error))
+        monitor.refused(_reason(error))
+        await connection.fail(getattr(error, "code", "refused"), str(error))
     except StorageFailed as error:
         logger.error("%s: %s", connection.peer, error)
         await connection.fail("refused", f"the server cannot go on: {error}")
@@ -205,6 +205,17 @@ async def _serve_one(connection: Connection, service: Service, monitor: Monitor)
         await connection.fail(getattr(error, "code", "protocol_error"), str(error))
     else:
         logger.info("%s: done", connection.peer)
+
+
+def _reason(error: IsthmusError) -> str:
+    """Why a client was refused, as metrics have it."""
+    match error:
+        case Crowded() | TooLarge():
+            return "memory"
+        case DiskFull():
+            return "capacity"
+        case _:
+            return _REASONS.get(getattr(error, "code", "refused"), "job")
 
 
 async def serve_until_signal(config: ServerConfig, *, owned: bool = False) -> None:

@@ -14,7 +14,7 @@ from cloud.limits import Crowded, Refused
 from cloud.meeting import meet
 from cloud.register import FAILURES, Register, Visit
 from cloud.session import Session
-from cloud.tenant import Tenant
+from cloud.tenant import Tenant, size_of
 from cloud.turns import Turns
 from common.spec import JobSpec
 from wire.auth import REJOINED, RESUME, is_proof, prove
@@ -109,9 +109,11 @@ class Service:
         await tenant.lock.acquire()
         self._register.tenants[tenant.key] = tenant
         try:
+            await tenant.see_room(1)  # before others make way for it
             await self._build(tenant)
             assert tenant.session is not None
-            await tenant.see_room(tenant.session.middle.stage.partition.state_dict())  # of a first checkpoint
+            # With two checkpoints the next one can replace the older.
+            await tenant.see_room(2 * size_of(tenant.session.middle.stage.partition.state_dict()))
             tenant.resolved(tenant.session.middle.memory_format)
             tenant.describe()
         except BaseException:
@@ -163,6 +165,7 @@ class Service:
             if self.draining:
                 raise Refused("draining", "the server is shutting down; come back later")
             tenant = self._register.tenants.setdefault(tenant.key, tenant)
+            tenant.touch()  # though it be refused now: it comes back
             tenant.ticket = (
                 None  # the newest connection has the session: none that comes late gets in before it
             )

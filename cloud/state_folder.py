@@ -13,6 +13,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
+
 _KEY_BYTES = 16
 _GONE = ".gone"
 
@@ -25,11 +27,13 @@ class Kept:
         key: its id.
         used_s: when something was last written there, in seconds since the epoch.
         nbytes: what its files take.
+        unfinished: how much of that those take that are being written.
     """
 
     key: bytes
     used_s: float
     nbytes: int
+    unfinished: int
 
 
 class StateFolder:
@@ -37,16 +41,24 @@ class StateFolder:
 
     Args:
         path: the folder, which is there.
-        most_bytes: that all sessions may take; None for half of the disk's space that nothing else takes.
+        most_bytes: that all sessions may take; None for half of the disk's space that nothing else takes, or for what
+            they take now where that is more.
 
     Attributes:
         most_bytes: that all sessions may take.
+
+    Raises:
+        UserError: the folder cannot be read.
     """
 
     def __init__(self, path: Path, most_bytes: int | None = None) -> None:
         self._path = path
-        if most_bytes is None:
-            most_bytes = (shutil.disk_usage(path).free + sum(kept.nbytes for kept in self.look())) // 2
+        try:
+            kept_bytes = sum(kept.nbytes for kept in self.look())
+            if most_bytes is None:
+                most_bytes = max(kept_bytes, (shutil.disk_usage(path).free + kept_bytes) // 2)
+        except OSError as error:
+            raise UserError(f"--state-dir {path} cannot be used: {error.strerror or error}") from error
         self.most_bytes = most_bytes
 
     def of(self, key: bytes) -> Path:
@@ -95,9 +107,11 @@ def _key_of(name: str) -> bytes | None:
 
 
 def _kept(key: bytes, folder: Path) -> Kept:
-    nbytes = 0
+    nbytes = unfinished = 0
     with os.scandir(folder) as files:
         for file in files:
             with contextlib.suppress(FileNotFoundError):  # one that was being written
-                nbytes += file.stat(follow_symlinks=False).st_size
-    return Kept(key, folder.stat().st_mtime, nbytes)
+                size = file.stat(follow_symlinks=False).st_size
+                nbytes += size
+                unfinished += size * file.name.startswith(".")
+    return Kept(key, folder.stat().st_mtime, nbytes, unfinished)

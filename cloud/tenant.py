@@ -13,11 +13,13 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cloud.limits import DiskFull
 from cloud.monitoring import Monitor
 from cloud.session import Session
 from common.checkpoints import CheckpointFolder
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "session.json"
 
-KeepRoom = Callable[[int], Awaitable[None]]
+KeepRoom = Callable[[int], AbstractAsyncContextManager[None]]
 
 
 class Tenant:
@@ -48,7 +50,7 @@ class Tenant:
         spec: the job.
         folder: where it is kept on disk; None for nowhere.
         monitor: is told of checkpoints.
-        keep_room: sees that so many bytes more may be kept on disk, or raises an IsthmusError; None where all may.
+        keep_room: lets so many bytes more be kept on disk in its block, or raises an IsthmusError; None where all may.
 
     Attributes:
         session: at work or at rest; None while it is parked or not built yet.
@@ -195,9 +197,12 @@ class Tenant:
         async with self._writing:
             began_s, ok = time.monotonic(), False
             try:
-                if keep is not None:  # parked, it is one that nobody uses, and may be forgotten to make room
-                    await self.see_room(state)
-                await asyncio.to_thread(self.checkpoints.write, step, state, self._about())
+                async with AsyncExitStack() as taken:
+                    if (
+                        keep is not None
+                    ):  # parked, it is one that nobody uses, and may be forgotten to make room
+                        await self._take_room(taken, size_of(state), keep)
+                    await asyncio.to_thread(self.checkpoints.write, step, state, self._about())
                 ok = True
             finally:
                 self._monitor.checkpoint_written(time.monotonic() - began_s, ok=ok)
@@ -207,14 +212,37 @@ class Tenant:
                 except CheckpointFailed as error:  # the new one is there all the same
                     logger.error("session %s: %s", self.name, error)
 
-    async def see_room(self, state: Any) -> None:
-        """See that a state may be kept on disk.
+    async def see_room(self, nbytes: int) -> None:
+        """See that so much more may be kept on disk.
 
         Raises:
             IsthmusError: there is no room for it.
         """
-        if self._folder is not None and self._keep_room is not None:
-            await self._keep_room(sum(tensor.nbytes for tensor in flatten(state)[0].values()))
+        async with self._room(nbytes):
+            pass
+
+    def _room(self, nbytes: int) -> AbstractAsyncContextManager[None]:
+        return nullcontext() if self._folder is None or self._keep_room is None else self._keep_room(nbytes)
+
+    async def _take_room(self, taken: AsyncExitStack, nbytes: int, keep: int) -> None:
+        """Have room for a checkpoint, if need be in the place of those before the one that has to stay."""
+        try:
+            await taken.enter_async_context(self._room(nbytes))
+        except DiskFull as full:
+            if full.for_good or not await asyncio.to_thread(self._drop_before, keep):
+                raise
+            await taken.enter_async_context(self._room(nbytes))
+
+    def _drop_before(self, keep: int) -> bool:
+        """Remove the checkpoints before one, where that is there; whether any has gone."""
+        assert self.checkpoints is not None
+        steps = self.checkpoints.steps()
+        older = [step for step in steps if step < keep]
+        if keep not in steps:
+            return False
+        for step in older:
+            self.checkpoints.drop(step)
+        return bool(older)
 
     def _about(self) -> dict[str, Any]:
         return {"part": "middle", "spec": self.spec.to_map()}
@@ -262,3 +290,8 @@ class Tenant:
     def resolved(self, memory_format: str) -> None:
         """Fix what was measured when the middle was built, for it has to be the same when it is built again."""
         self.spec = replace(self.spec, memory_format=memory_format)
+
+
+def size_of(state: Any) -> int:
+    """Return the bytes that a state takes on disk, but for some hundreds."""
+    return sum(tensor.nbytes for tensor in flatten(state)[0].values())

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cloud.device import Device
-from cloud.limits import Limits, Refused, TooLarge
+from cloud.limits import DiskFull, Limits, Refused
 from cloud.monitoring import Monitor
 from cloud.register import Register
 from cloud.service import Service
@@ -199,9 +199,9 @@ def test_sweeping_goes_on_whatever_fails(
                 raise error
 
             register = serving.register
-            monkeypatch.setattr(register, "_forget_old", fail)
+            monkeypatch.setattr(register.disk, "forget_old", fail)
             if isinstance(error, WireError):
-                monkeypatch.setattr(register, "_forget_old", AsyncMock(return_value=0))
+                monkeypatch.setattr(register.disk, "forget_old", AsyncMock(return_value=0))
                 monkeypatch.setattr(register, "_sweep", fail)
                 register.tenants[bytes(16)] = Tenant(bytes(16), bytes(32), None, None, Monitor())  # type: ignore[arg-type]
             sweeping = asyncio.create_task(register.sweep())
@@ -464,6 +464,17 @@ async def parked(serving: Serving, spec: Any) -> Client:
     return client
 
 
+def later(serving: Serving, seconds: float = 1000.0) -> None:
+    """As if so much time had passed for the sessions that nobody uses."""
+    disk = serving.register.disk
+    assert disk is not None
+    disk._began_s -= seconds
+    for kept in disk.folder.look():
+        os.utime(disk.folder.of(kept.key), (kept.used_s - seconds, kept.used_s - seconds))
+    for tenant in serving.register.tenants.values():
+        tenant.touched_s -= seconds
+
+
 def test_sessions_that_nobody_uses_are_forgotten_oldest_first_where_the_disk_is_needed(
     spec: Any, tmp_path: Path
 ) -> None:
@@ -474,7 +485,8 @@ def test_sessions_that_nobody_uses_are_forgotten_oldest_first_where_the_disk_is_
             clients += [await parked(serving, spec), await parked(serving, spec)]
             for age, client in enumerate(clients):
                 os.utime(tmp_path / client.key.hex(), (1e9 + age, 1e9 + age))
-        async with served(tmp_path, state_bytes=3 * one, forget_s=1e10) as serving:
+        async with served(tmp_path, state_bytes=4 * one, forget_s=1e10) as serving:
+            later(serving)
             client, attending = await serving.opened(spec)
             client.say(Save(0, 0))
             assert (await client.until(Saved)).error == ""
@@ -493,13 +505,16 @@ def test_new_session_is_refused_and_a_checkpoint_not_written_where_those_in_use_
         async with served(tmp_path) as serving:
             await serving.at_rest(spec)
             one = in_use(tmp_path)
-        async with served(tmp_path / "small", state_bytes=one + one // 2) as serving:
+        (tmp_path / "small").mkdir()
+        async with served(tmp_path / "small", state_bytes=2 * one + one // 5) as serving:
             client, attending = await serving.opened(spec)
             client.say(Save(0, 0))
             assert (await client.until(Saved)).error == ""
-            client.say(Save(0, 0))
-            second = await client.until(Saved, 2)
-            assert "--state-limit" in second.error
+            for count, step in enumerate((5, 10), 2):
+                serving.register.tenants[client.key].session.concluded = step  # type: ignore[union-attr]
+                client.say(Save(step, 0))
+                answer = await client.until(Saved, count)
+                assert ("--state-limit" in answer.error) == (step == 10)
             other = Client()
             other.opens(spec)
             with pytest.raises(Refused, match="--state-limit") as refused:
@@ -509,6 +524,7 @@ def test_new_session_is_refused_and_a_checkpoint_not_written_where_those_in_use_
             client.abort()
             await ended(attending)
             await serving.register.tenants[client.key].park()  # else nobody would ever get its room
+            later(serving)
             client, _ = await serving.opened(spec)
             client.say(Save(0, 0))
             assert (await client.until(Saved)).error == ""
@@ -521,12 +537,15 @@ def test_nobody_is_forgotten_for_what_would_not_fit_all_the_same(spec: Any, tmp_
         async with served(tmp_path) as serving:
             client = await parked(serving, spec)
         one = in_use(tmp_path)
-        async with served(tmp_path, state_bytes=2 * one) as serving:
+        async with served(tmp_path, state_bytes=3 * one) as serving:
             working = await serving.at_rest(spec)
-            with pytest.raises(TooLarge, match="--state-limit"):
-                await serving.register.keep_room(2 * one + 1)
-            with pytest.raises(Refused, match="--state-limit"):
-                await serving.register.keep_room(one + one // 2)
+            later(serving)
+            disk = serving.register.disk
+            assert disk is not None
+            for nbytes, code in ((3 * one + 1, "refused"), (2 * one + one // 2, "busy")):
+                with pytest.raises(DiskFull, match="--state-limit") as refused:
+                    await disk.room(working.key, nbytes).__aenter__()
+                assert refused.value.code == code
             assert set(os.listdir(tmp_path)) == {client.key.hex(), working.key.hex()}
 
     run(test)
@@ -548,7 +567,8 @@ def test_client_that_comes_back_while_its_session_is_forgotten_finds_all_of_it_o
                 return found
 
             monkeypatch.setattr(StateFolder, "look", slowly)
-            forgetting = asyncio.create_task(serving.register._forget_old())
+            assert serving.register.disk is not None
+            forgetting = asyncio.create_task(serving.register.disk.forget_old())
             await asyncio.to_thread(looking.wait, 30)
             here, late = (Client(client.key, client.secret) for client in clients)
             here.resumes(0, 0)
@@ -569,11 +589,13 @@ def test_no_more_sessions_are_kept_than_a_thousand_that_nobody_uses(
     spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
-        monkeypatch.setattr("cloud.register._MOST_UNUSED", 1)
+        monkeypatch.setattr("cloud.disk_room._MOST_UNUSED", 1)
         async with served(tmp_path) as serving:
             clients = [await parked(serving, spec), await parked(serving, spec)]
             os.utime(tmp_path / clients[1].key.hex(), (1e9, 1e9))
-            await serving.register._forget_old()
+            serving.register.tenants[clients[1].key].touched_s -= 1.0
+            assert serving.register.disk is not None
+            await serving.register.disk.forget_old()
             assert list(serving.register.tenants) == [clients[0].key]  # that this process parked them, too
 
     run(test)

@@ -52,3 +52,5 @@ def test_half_of_the_space_is_the_limit_however_much_of_it_is_used_already(
     kept(tmp_path, ONE, 300)
     assert StateFolder(tmp_path).most_bytes == 500
     assert StateFolder(tmp_path, 7).most_bytes == 7
+    kept(tmp_path, TWO, 500)  # or something else has filled the disk
+    assert StateFolder(tmp_path).most_bytes == 800
