@@ -158,7 +158,7 @@ class Abort(Message):
 
 @dataclass(frozen=True, slots=True)
 class Save(Message):
-    """Client: write a checkpoint of `step`, the last one concluded; never remove that of `keep` or a later one."""
+    """Client: write a checkpoint of `step`, the last one concluded; never remove that of `keep`."""
 
     kind: ClassVar[str] = "save"
     step: Step
