@@ -86,6 +86,10 @@ class Register:
             tenant = Tenant.found(key, self.disk.folder.of(key), self.monitor, partial(self.disk.room, key))
         return tenant
 
+    @property
+    def _in_memory(self) -> int:
+        return sum(tenant.in_memory for tenant in self.tenants.values())
+
     async def admit(self, tenant: Tenant) -> None:
         """Let a session into memory, at the cost of one that nobody uses where there is no room.
 
@@ -95,9 +99,7 @@ class Register:
         async with self._admission:
             await self._make_room()
             tenant.in_memory = True
-            self._most_in_memory = max(
-                self._most_in_memory, sum(tenant.in_memory for tenant in self.tenants.values())
-            )
+            self._most_in_memory = max(self._most_in_memory, self._in_memory)
 
     def reserve(self, tenant: Tenant, nbytes: int) -> None:
         """Take note of what a session takes in memory; in any thread.
@@ -154,7 +156,7 @@ class Register:
 
     async def _make_room(self) -> None:
         """See that one more session may be in memory, at the cost of one that nobody uses."""
-        while sum(tenant.in_memory for tenant in self.tenants.values()) >= self.limits.sessions:
+        while self._in_memory >= self.limits.sessions:
             if not await self.make_way():
                 raise Refused(
                     "busy",
@@ -203,7 +205,7 @@ class Register:
             except OSError as error:
                 logger.error("old sessions cannot be looked for: %s", error)
             self.count()
-            in_memory = sum(tenant.in_memory for tenant in self.tenants.values())
+            in_memory = self._in_memory
             if in_memory < self._most_in_memory:
                 await asyncio.to_thread(release_memory)
             self._most_in_memory = in_memory

@@ -166,9 +166,8 @@ class Service:
                 raise Refused("draining", "the server is shutting down; come back later")
             tenant = self._register.tenants.setdefault(tenant.key, tenant)
             tenant.touch()  # though it be refused now: it comes back
-            tenant.ticket = (
-                None  # the newest connection has the session: none that comes late gets in before it
-            )
+            # The newest connection has the session: none that comes late gets in before it.
+            tenant.ticket = None
             await tenant.lock.acquire()
             if self._register.tenants.get(tenant.key) is tenant and not self.draining:
                 return tenant

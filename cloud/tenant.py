@@ -198,9 +198,8 @@ class Tenant:
             began_s, ok = time.monotonic(), False
             try:
                 async with AsyncExitStack() as taken:
-                    if (
-                        keep is not None
-                    ):  # parked, it is one that nobody uses, and may be forgotten to make room
+                    # Parked, it is one that nobody uses, and may be forgotten to make room.
+                    if keep is not None:
                         await self._take_room(taken, size_of(state), keep)
                     await asyncio.to_thread(self.checkpoints.write, step, state, self._about())
                 ok = True
