@@ -17,7 +17,7 @@ from common.checkpoints import CheckpointFolder
 from common.errors import IsthmusError, UserError
 from edge.job import prepare
 from tests.cloud.fake_client import Client
-from tests.cloud.test_service import Serving, ended, in_use, later, parked, run, served
+from tests.cloud.test_service import Serving, ended, in_use, later, never_built, parked, run, served
 from tests.tiny_job import TINY_JOB
 from wire.messages import Ready, Save, Saved
 
@@ -280,14 +280,7 @@ def test_nothing_is_built_where_the_disk_is_full(
 def test_session_that_is_being_built_is_not_parked(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with served(None) as serving:
-            building, go = asyncio.Event(), asyncio.Event()
-
-            async def build(*_: Any, **__: Any) -> Session:
-                building.set()
-                await go.wait()
-                raise Refused("busy", "full")
-
-            monkeypatch.setattr(Session, "build", build)
+            building, go = never_built(monkeypatch)
             client = Client()
             client.opens(spec)
             opening = serving.attend(client)

@@ -29,10 +29,9 @@ from common.errors import CheckpointFailed, IsthmusError
 from edge.job import prepare
 from tests.cloud.fake_client import Client, Receipt
 from tests.tiny_job import TINY_JOB
-from wire.auth import REJOIN, prove
-from wire.config import PROTOCOL_VERSIONS
+from tests.wire.pair import rejoin_of
 from wire.errors import StorageFailed, WireError
-from wire.messages import Begin, Bye, Forward, Message, Ready, Rejoin, Save, Saved
+from wire.messages import Begin, Bye, Forward, Message, Ready, Save, Saved
 from wire.streams import StreamEncoder, chunk_message, facts_of
 
 LIMITS = Limits(sessions=2, memory_bytes=1 << 34, disk_bytes=1 << 34, park_s=600.0, forget_s=3600.0)
@@ -91,6 +90,19 @@ async def served(folder: Path | None, **limits: Any) -> AsyncIterator[Serving]:
         await serving.close()
 
 
+def never_built(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Let no session be built: returns what is set once one has been begun, and what to set to have it refused."""
+    building, full = asyncio.Event(), asyncio.Event()
+
+    async def build(*_: Any, **__: Any) -> Session:
+        building.set()
+        await full.wait()
+        raise Refused("busy", "full")
+
+    monkeypatch.setattr(Session, "build", build)
+    return building, full
+
+
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def in_time() -> None:
         async with asyncio.timeout(60):
@@ -104,14 +116,7 @@ def test_who_waits_for_a_session_that_comes_to_nothing_is_told_that_it_is_unknow
 ) -> None:
     async def test() -> None:
         async with served(tmp_path) as serving:
-            building, full = asyncio.Event(), asyncio.Event()
-
-            async def build(*_: Any, **__: Any) -> Session:
-                building.set()
-                await full.wait()
-                raise Refused("busy", "full")
-
-            monkeypatch.setattr(Session, "build", build)
+            building, full = never_built(monkeypatch)
             client = Client()
             client.opens(spec)
             opening = serving.attend(client)
@@ -624,12 +629,6 @@ def test_sessions_that_are_on_disk_count_as_parked_from_the_start(spec: Any, tmp
     run(test)
 
 
-def rejoins(client: Client, ticket: bytes) -> Rejoin:
-    nonce = os.urandom(32)
-    mac = prove(client.secret, REJOIN, ticket, nonce, client.key)
-    return Rejoin(PROTOCOL_VERSIONS[0], 1 << 20, 1 << 30, client.key, nonce, mac, 0, True, None)
-
-
 def test_client_that_comes_late_does_not_take_the_session_from_a_newer_one(spec: Any) -> None:
     async def test() -> None:
         async with served(None) as serving:
@@ -642,7 +641,7 @@ def test_client_that_comes_late_does_not_take_the_session_from_a_newer_one(spec:
                 newer.resumes(0)
                 serving.attend(newer)
                 await asyncio.sleep(0.05)  # it has proved whose it is, and waits for the session
-                assert not serving.service.redeem(rejoins(client, ticket))
+                assert not serving.service.redeem(rejoin_of(client.key, client.secret, ticket))
             await newer.until(Ready)
 
     run(test)
@@ -656,6 +655,6 @@ def test_ticket_is_for_a_session_in_memory(spec: Any, tmp_path: Path) -> None:
             ticket = tenant.ticket
             assert ticket is not None
             await tenant.park()
-            assert not serving.service.redeem(rejoins(client, ticket))
+            assert not serving.service.redeem(rejoin_of(client.key, client.secret, ticket))
 
     run(test)

@@ -27,16 +27,7 @@ from wire.messages import Ready, Rejoin, Saved
 
 CONFIG = TrainConfig(server="nowhere:1")
 WIRE = WireConfig()
-READY = Ready(
-    0,
-    need_weights=False,
-    saves=True,
-    device="cpu",
-    memory_format="contiguous",
-    ticket=bytes(32),
-    mac=None,
-    detail={},
-)
+READY: Any = replace(SAMPLES["ready"], step=0, need_weights=False, saves=True)  # type: ignore[type-var]
 
 
 class Link:

@@ -14,8 +14,8 @@ from common.spec import STREAMS, JobSpec
 from common.weights import merge_states, partition_state, save_model, split_bottleneck, state_digest
 from edge.config import TrainConfig
 from edge.job import describe, prepare
+from tests.wire.pair import SAMPLES
 from wire.errors import SpecError
-from wire.messages import Ready
 
 
 class Tiny(nn.Module):
@@ -246,16 +246,7 @@ def test_a_compression_that_does_not_parse_is_refused_before_any_data_is_opened(
 
 
 def test_a_job_is_described_in_one_line(mobilenet):
-    ready = Ready(
-        step=0,
-        need_weights=False,
-        saves=False,
-        device="cuda:0 Some GPU",
-        memory_format="channels_last",
-        ticket=bytes(32),
-        mac=None,
-        detail={},
-    )
+    ready = dataclasses.replace(SAMPLES["ready"], device="cuda:0 Some GPU", memory_format="channels_last")
     text = describe(mobilenet, ready)
     assert text == (
         "mobilenet_v2 on digits (128 training and 20 test samples, images of 32 px, 10 classes), cut after "

@@ -19,9 +19,9 @@ from edge.job import prepare
 from tests.system.peer import Peer
 from tests.system.processes import TINY, Command, Ended, run, running, serving, train
 from tests.tiny_job import TINY_JOB
-from wire.auth import REJOIN, REJOINED, RESUME, prove
-from wire.config import PROTOCOL_VERSIONS
-from wire.messages import Bye, Error, Open, Ready, Rejoin, Resume
+from tests.wire.pair import rejoin_of
+from wire.auth import REJOINED, RESUME, prove
+from wire.messages import Bye, Error, Open, Ready, Resume
 
 LIBRARY = ("--import", "dropout_model")
 SESSION, SECRET = bytes(range(16)), bytes(range(32))
@@ -329,12 +329,6 @@ def test_proof_for_one_connection_is_none_for_another() -> None:
         assert error.code == "wrong_secret"
 
 
-def rejoin(ticket: bytes, *, secret: bytes = SECRET) -> Rejoin:
-    nonce = os.urandom(32)
-    mac = prove(secret, REJOIN, ticket, nonce, SESSION)
-    return Rejoin(PROTOCOL_VERSIONS[0], 1 << 20, 1 << 30, SESSION, nonce, mac, 0, True, None)
-
-
 def test_ticket_lets_its_owner_in_once() -> None:
     with serving(*LIBRARY) as (_, address):
         with greeted(address) as first:
@@ -343,20 +337,20 @@ def test_ticket_lets_its_owner_in_once() -> None:
             assert isinstance(ready, Ready)
             assert ready.mac is None
             with Peer(address) as second:
-                asks = rejoin(ready.ticket)
+                asks = rejoin_of(SESSION, SECRET, ready.ticket)
                 second.send(asks)
                 again = second.receive()
                 assert isinstance(again, Ready)
                 assert again.mac == prove(SECRET, REJOINED, asks.nonce, asks.mac)
                 assert again.ticket != ready.ticket
                 assert first.receive() is None  # its session is with the other connection
-                for replayed in (asks, rejoin(ready.ticket)):
+                for replayed in (asks, rejoin_of(SESSION, SECRET, ready.ticket)):
                     with Peer(address) as third:
                         third.send(replayed)
                         assert third.error().code == "stale_ticket"
                 with Peer(address) as stranger:
-                    stranger.send(rejoin(again.ticket, secret=bytes(32)))
+                    stranger.send(rejoin_of(SESSION, bytes(32), again.ticket))
                     assert stranger.error().code == "stale_ticket"
         with Peer(address) as fourth:  # what strangers try does not use it up
-            fourth.send(rejoin(again.ticket))
+            fourth.send(rejoin_of(SESSION, SECRET, again.ticket))
             assert isinstance(fourth.receive(), Ready)

@@ -1,13 +1,15 @@
 """Two protocol ends joined by a link that is nothing but bytes, and one message of every kind."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import msgpack
 
+from wire.auth import REJOIN, prove
 from wire.buffers import BufferPool
-from wire.config import WireConfig
+from wire.config import PROTOCOL_VERSIONS, WireConfig
 from wire.frames import Frame, FrameReader, Limits, encode_frame_head
 from wire.messages import (
     Abort,
@@ -70,6 +72,13 @@ SAMPLES: dict[str, Message] = {
         Bye("done"),
     )
 }
+
+
+def rejoin_of(session: bytes, secret: bytes, ticket: bytes) -> Rejoin:
+    """What its owner rejoins a session with that has made no step."""
+    nonce = os.urandom(32)
+    mac = prove(secret, REJOIN, ticket, nonce, session)
+    return Rejoin(PROTOCOL_VERSIONS[0], 1 << 20, 1 << 30, session, nonce, mac, 0, True, None)
 
 
 def to_bytes(message: Message) -> bytes:
