@@ -256,7 +256,7 @@ class _Lane:
             assert phase is Phase.START, f"nothing here comes to the phase {phase.value}"
             if kind == "rejoin":
                 return intruder.rejoining(self._with_ticket())
-        return draw.choice([frame for frame in self._frames if frame.kind == kind])
+        return self._real(kind, draw)
 
     def _come_to_running(self, intruder: Intruder, kind: str, draw: random.Random) -> tuple[Held, RealFrame]:
         """Come to a place in a session where a frame of that kind is right; return that frame."""
@@ -277,7 +277,7 @@ class _Lane:
             return held, step[place]
         if kind == "abort" or kind in _ANY_TIME:  # as right in a step
             intruder.play(step[: draw.randrange(1, len(step))])
-        return held, _numbered(draw.choice([frame for frame in self._frames if frame.kind == kind]), held)
+        return held, _numbered(self._real(kind, draw), held)
 
     def _come_to_rejoining(
         self, intruder: Intruder, kind: str, draw: random.Random
@@ -292,7 +292,10 @@ class _Lane:
             intruder.send(frame)
         if places:
             return held, step[place]
-        return held, _numbered(draw.choice([frame for frame in self._frames if frame.kind == kind]), held)
+        return held, _numbered(self._real(kind, draw), held)
+
+    def _real(self, kind: str, draw: random.Random) -> RealFrame:
+        return draw.choice([frame for frame in self._frames if frame.kind == kind])
 
     def _with_ticket(self) -> Held:
         """A session whose ticket has not been used."""
