@@ -22,8 +22,9 @@ help:
 demo: $(VENV)/.plain
 	$(BIN)/edge-client demo
 
+# A process a core, each with whole files, for tests of one file share what it sets up.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
