@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 EDGE_HOST, CLOUD_HOST = "10.77.0.1", "10.77.0.2"
 EDGE_DEVICE, CLOUD_DEVICE = "e0", "c0"
 FRAME_BYTES = 1514
@@ -87,6 +89,7 @@ class Link:
         congestion_control: TCP's, the same on both hosts.
         edge_prefix: words to put before a command to run it on the edge's host; likewise ``cloud_prefix``.
         server_host: address of the cloud's host, to listen on.
+        line: the process that carries the packets, where one does.
     """
 
     shape: Shape
@@ -97,6 +100,7 @@ class Link:
     cloud_prefix: tuple[str, ...] = ()
     edge_device: str = "lo"
     cloud_device: str = "lo"
+    line: subprocess.Popen[str] | None = None
     _processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def run_client(self, argv: Sequence[str], **options: object) -> subprocess.Popen[str]:
@@ -117,6 +121,10 @@ class Link:
         assert output is not None
         host, _, relayed = output.readline().strip().rpartition(":")
         return host, int(relayed)
+
+    def line_cpu_s(self) -> float:
+        """Seconds of one core that carrying the packets took so far, in a process of its own."""
+        return 0.0 if self.line is None else sum(psutil.Process(self.line.pid).cpu_times()[:2])
 
     def close(self) -> None:
         """End every process started here; closing twice is allowed."""
@@ -180,8 +188,9 @@ def _namespaces(shape: Shape, cleanup: contextlib.ExitStack) -> Link:
         cleanup.callback(_run, "ip", "netns", "del", namespace)
         _run("ip", "-n", namespace, "link", "set", "lo", "up")
         _name_hosts(namespace, cleanup)
+    line = None
     if shape.delay_s:
-        _join_by_delay_line(edge, cloud, shape, cleanup)
+        line = _join_by_delay_line(edge, cloud, shape, cleanup)
     else:
         veth = ["link", "add", EDGE_DEVICE, "type", "veth", "peer", "name", CLOUD_DEVICE, "netns", cloud]
         _run("ip", "-n", edge, *veth)
@@ -205,6 +214,7 @@ def _namespaces(shape: Shape, cleanup: contextlib.ExitStack) -> Link:
         (*enter, cloud),
         EDGE_DEVICE,
         CLOUD_DEVICE,
+        line,
     )
 
 
@@ -218,7 +228,9 @@ def _name_hosts(namespace: str, cleanup: contextlib.ExitStack) -> None:
     (directory / "hosts").write_text("".join(lines))
 
 
-def _join_by_delay_line(edge: str, cloud: str, shape: Shape, cleanup: contextlib.ExitStack) -> None:
+def _join_by_delay_line(
+    edge: str, cloud: str, shape: Shape, cleanup: contextlib.ExitStack
+) -> subprocess.Popen[str]:
     ends = [f"{edge}:{EDGE_DEVICE}", f"{cloud}:{CLOUD_DEVICE}"]
     argv = [sys.executable, "-m", "benchmarks.delay_line", *ends, str(shape.delay_s)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
@@ -226,6 +238,7 @@ def _join_by_delay_line(edge: str, cloud: str, shape: Shape, cleanup: contextlib
     assert process.stdout is not None
     if process.stdout.readline().strip() != "ready":
         raise LinkUnavailable("the delay line could not open its TUN devices")
+    return process
 
 
 def _tune(enter: tuple[str, ...], *namespaces: str) -> str:

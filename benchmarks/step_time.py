@@ -10,7 +10,9 @@ minutes (10 Mbit/s, uncompressed) one is measured, and the table says so: its tr
 The floor is `common.floor`: bytes as the socket carried them over the link's set rate, and the compute of the
 same partitions in plain torch in one process with all cores to itself, bottleneck included and codecs not; measured
 right before and right after the product, and the mean of both taken.
-Both sides share the cores here, so the compute floor is both sides' sum. The set rate counts Ethernet, IP and
+Both sides share the cores here, so the compute floor is both sides' sum. Where packets are carried by a process
+that takes cores too (`benchmarks.delay_line`), what it took is part of that floor; the ratio without it is printed
+besides. The set rate counts Ethernet, IP and
 TCP headers, which plain sockets cannot get around: the ratio at the rate that calibration measured is printed
 too.
 """
@@ -33,6 +35,7 @@ from benchmarks.product import ProductRun, clean_environment, machine, run_json,
 from common.cost import ChunkCost, Message, StepModel
 from common.cost import Link as LinkCost
 from common.floor import Floor, floor
+from edge.tuner import MEASURED_STEPS
 
 CHUNKS = 8
 WORKLOAD = ["--model", "mobilenet_v2", "--data", "digits", "--batch-size", "64", "--chunks", str(CHUNKS)]
@@ -73,7 +76,8 @@ def effort(rate_bit_s: float, dense: bool, quick: bool) -> Effort:
         return Effort(1, 1)
     if dense and rate_bit_s < 500e6:
         return Effort(1, 2 if quick else 4)
-    return Effort(2, 3 if quick else 7)
+    # The edge makes its plan from what the first steps took.
+    return Effort(max(MEASURED_STEPS), 3 if quick else 7)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Row:
         compute_s: the compute alone, in plain torch with all cores.
         floor_s: the floor at the set rate; ``measured_floor_s`` at the rate that calibration measured.
         bound_by: what gives the floor: ``up``, ``down`` or ``cores``.
+        line_s: of it, the cores' share of carrying the packets.
     """
 
     link: str
@@ -100,6 +105,7 @@ class Row:
     floor_s: float
     measured_floor_s: float
     bound_by: str
+    line_s: float
 
     @property
     def ratio(self) -> float:
@@ -171,12 +177,19 @@ def run_steps(link: Link, compress: str, setting: Setting, spent: Effort) -> Pro
 
 
 def hold_against_floor(
-    run: ProductRun, link: Link, measured: Calibration, compress: str, cost: dict[str, Any], spent: Effort
+    run: ProductRun,
+    link: Link,
+    measured: Calibration,
+    compress: str,
+    cost: dict[str, Any],
+    line_cpu_s: float,
+    spent: Effort,
 ) -> Row:
-    """Median step of a run beside its floor."""
+    """Median step of a run beside its floor; with the core seconds a step that carrying packets took."""
     delay_s, rate_bit_s = link.shape.delay_s, link.shape.rate_bit_s
     ideal = step_floor(run, cost, LinkCost(up_bit_s=rate_bit_s, down_bit_s=rate_bit_s, delay_s=delay_s))
     real = LinkCost(up_bit_s=measured.up_bit_s, down_bit_s=measured.down_bit_s, delay_s=delay_s)
+    line_s = line_cpu_s / cost["threads"] if ideal.bound_by == "cores" else 0.0
     return Row(
         link=str(link.shape),
         compress=compress,
@@ -185,9 +198,10 @@ def hold_against_floor(
         up_bytes=run.median_bytes("up_bytes"),
         down_bytes=run.median_bytes("down_bytes"),
         compute_s=cost["median_step_s"],
-        floor_s=ideal.total_s,
-        measured_floor_s=step_floor(run, cost, real).total_s,
+        floor_s=ideal.total_s + line_s,
+        measured_floor_s=step_floor(run, cost, real).total_s + line_s,
         bound_by=ideal.bound_by,
+        line_s=line_s,
     )
 
 
@@ -221,14 +235,20 @@ def measure_link(rate_bit_s: float, delay_s: float, setting: Setting) -> dict[st
             # Before and after: a shared machine's speed is not the same some minutes later.
             bottleneck = "conv" if "conv" in compress else "none"
             before = compute_cost(bottleneck, setting)
+            carried_s = link.line_cpu_s()
             run = run_steps(link, compress, setting, spent)
+            carried_s = (link.line_cpu_s() - carried_s) / len(run.steps)
             cost = mean_cost(before, compute_cost(bottleneck, setting))
-            row = hold_against_floor(run, link, measured, compress, cost, spent)
+            row = hold_against_floor(run, link, measured, compress, cost, carried_s, spent)
             rows.append(row)
+            without = (
+                f"; {row.step_s / (row.floor_s - row.line_s):.3f} without the line's" if row.line_s else ""
+            )
             print(
                 f"  {compress:<16}{row.step_s:9.3f} s  (of {row.steps})  floor {row.floor_s:8.3f} s, bound by"
                 f" {row.bound_by:<5}  ratio {row.ratio:.3f} (target {row.target:.2f}: {word(row.met)};"
-                f" {row.step_s / row.measured_floor_s:.3f} at the measured rate); compute {row.compute_s:.3f} s",
+                f" {row.step_s / row.measured_floor_s:.3f} at the measured rate{without});"
+                f" compute {row.compute_s:.3f} s",
                 flush=True,
             )
     return {
