@@ -64,10 +64,12 @@ def carry(edge: int, cloud: int, delay_s: float) -> None:
         for target, packets in waiting.items():
             while packets and packets[0][0] <= now:
                 os.write(target, packets.popleft()[1])
+        # A packet waits for one round to be read, and for another to be written.
+        due_s = now + delay_s - 2 * ROUND_S
         for source, target in other.items():
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    waiting[target].append((now + delay_s - 2 * ROUND_S, os.read(source, LARGEST_PACKET)))
+                    waiting[target].append((due_s, os.read(source, LARGEST_PACKET)))
 
 
 def main(arguments: list[str]) -> None:

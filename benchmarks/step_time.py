@@ -12,9 +12,8 @@ same partitions in plain torch in one process with all cores to itself, bottlene
 right before and right after the product, and the mean of both taken.
 Both sides share the cores here, so the compute floor is both sides' sum. Where packets are carried by a process
 that takes cores too (`benchmarks.delay_line`), what it took is part of that floor; the ratio without it is printed
-besides. The set rate counts Ethernet, IP and
-TCP headers, which plain sockets cannot get around: the ratio at the rate that calibration measured is printed
-too.
+besides. The set rate counts Ethernet, IP and TCP headers, which plain sockets cannot get around: the ratio at the
+rate that calibration measured is printed too.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class Row:
         compute_s: the compute alone, in plain torch with all cores.
         floor_s: the floor at the set rate; ``measured_floor_s`` at the rate that calibration measured.
         bound_by: what gives the floor: ``up``, ``down`` or ``cores``.
-        line_s: of it, the cores' share of carrying the packets.
+        line_s: how much of both floors is carrying the packets, on all cores.
     """
 
     link: str
@@ -235,9 +234,9 @@ def measure_link(rate_bit_s: float, delay_s: float, setting: Setting) -> dict[st
             # Before and after: a shared machine's speed is not the same some minutes later.
             bottleneck = "conv" if "conv" in compress else "none"
             before = compute_cost(bottleneck, setting)
-            carried_s = link.line_cpu_s()
+            began_s = link.line_cpu_s()
             run = run_steps(link, compress, setting, spent)
-            carried_s = (link.line_cpu_s() - carried_s) / len(run.steps)
+            carried_s = (link.line_cpu_s() - began_s) / len(run.steps)
             cost = mean_cost(before, compute_cost(bottleneck, setting))
             row = hold_against_floor(run, link, measured, compress, cost, carried_s, spent)
             rows.append(row)
