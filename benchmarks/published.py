@@ -16,7 +16,8 @@ class Row:
 
     Attributes:
         label: as the table has it.
-        compress: a value of ``--compress``; ``{STEPS}`` in it stands for `decay_steps`, which a short schedule scales.
+        compress: values of ``--compress``, with spaces between; ``{STEPS}`` in it stands for `decay_steps`, which a
+            short schedule scales.
         rate: published compress rate.
         accuracy: published, in percent.
         decay_steps: published steps from one narrowing to the next.

@@ -1,6 +1,6 @@
 """Runs the published tables again, each with one command, and writes what came of them to docs/results.md.
 
-    python -m benchmarks.reproduce TABLE [--full] [--seeds 0 1 2] [--rows N ...] [--quick]
+    python -m benchmarks.reproduce TABLE [--full | --quick | --steps N] [--seeds 0 1 2] [--rows N ...]
 
 TABLE is one of
 
@@ -15,9 +15,10 @@ TABLE is one of
     time           seconds a batch at 1 Gbit/s, and the link rate that compute can fill
     plot           accuracy against bytes per sample, of everything that was run so far
 
-Without ``--full`` the settings are those for two CPU cores: MiniLM stands for RoBERTa-base and sentences have 24
-tokens at most, images have 48 px (see `benchmarks.accuracy`), schedules are short and begin where an uncompressed
-run ended (``--start F`` keeps that), and the steps between narrowings are scaled with them. With it they are the
+Without ``--full`` the settings are those for two CPU cores: MiniLM stands for RoBERTa-base, sentences have 24
+tokens at most (128 for power iteration, whose ranks say little without the padding), images have 48 px (see
+`benchmarks.accuracy`), schedules are short and begin where an uncompressed run ended (``--start F`` keeps that), and
+the steps between narrowings are scaled with them; ``--steps N`` is a longer schedule on CoLA. With it they are the
 published ones, for a server with a GPU: RoBERTa-base from the hub, 128 tokens, 224 px, ImageNet weights. What is
 measured is kept in docs/reproduced.json, a record for each row and seed, so that a table may be run in pieces and
 the plot has all of it.
@@ -31,8 +32,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -54,9 +57,13 @@ from edge.flops import columns
 RECORDS = ROOT / "docs" / "reproduced.json"
 RESULTS = ROOT / "docs" / "results.md"
 NONE = Row(label="none", compress="none", rate=1.0)
+SHORT_STEPS, START_STEPS = 150, 1068
+"""Steps of a short schedule on CoLA, and of the uncompressed run before it: four passes."""
+PUBLISHED_POSITIONS = 49
+"""Of cut 2's map at 224 px."""
 
-BASELINES = {"decay": "text", "lowrank": "text", "text-chains": "text-chains"}
-"""Which tables share their uncompressed runs; all of images do."""
+BASELINES = {"decay": "text", "lowrank": "lowrank", "text-chains": "text-chains"}
+"""Under which table a table on CoLA keeps its uncompressed runs; all of images share theirs."""
 
 TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "decay": ("text", published.DECAY),
@@ -78,7 +85,7 @@ class Record:
         row: the row's label.
         compress: what was given.
         seed: of the run.
-        setting: ``cpu``, ``full`` or ``quick``.
+        setting: ``cpu``, ``full`` or ``quick``; ``cpu-N`` with N steps on CoLA.
         accuracy: on the test set, in percent.
         mcc: Matthews' correlation, of text.
         rate: compress rate of the last step.
@@ -105,7 +112,7 @@ class Setting:
     """How a kind of rows is trained.
 
     Attributes:
-        name: ``cpu``, ``full`` or ``quick``.
+        name: as in `Record`.
         caption: in words.
         fields: of `TrainConfig`.
         scale: of the steps between narrowings, to the published ones.
@@ -139,8 +146,10 @@ def make_text_start(fields: Mapping[str, Any], weights: Path) -> None:
     print(f"the start: accuracy {result.accuracy:.2%}, MCC {result.mcc:.3f}", flush=True)
 
 
-def text_setting(table: str, name: str, data: Path, folder: Path, start: Path | None) -> Setting:
-    """How the rows on CoLA are trained; without the published schedule, from a start made here."""
+def text_setting(
+    table: str, name: str, data: Path, folder: Path, start: Path | None, steps: int = SHORT_STEPS
+) -> Setting:
+    """How the rows on CoLA are trained; without the published schedule, so many steps from a start made here."""
     if not (data / "cola").is_dir():
         raise SystemExit(f"skipped: CoLA is not there ({data}/cola); say where with --data or ISTHMUS_DATA")
     shared = {
@@ -159,22 +168,25 @@ def text_setting(table: str, name: str, data: Path, folder: Path, start: Path | 
         }
         caption, scale = "RoBERTa-base, 128 tokens, 18 epochs, AdamW with lr 2e-5", 1.0
     else:
-        steps, start_steps = (150, 1068) if name == "cpu" else (12, 4)
+        steps, start_steps = (12, 4) if name == "quick" else (steps, START_STEPS)
+        max_length = 128 if table == "lowrank" else 24
         fields = shared | {"model": minilm(), "chunks": 2, "max_length": 24}
         fields |= {"test_limit": 64} if name == "quick" else {}
         weights = start or folder / "text.safetensors"
         if not weights.is_file():
             make_text_start(fields | {"lr": 8e-5, "steps": start_steps}, weights)
-        fields |= {"lr": 5e-5, "steps": steps, "weights": str(weights.resolve())}
+        # A longer schedule can take larger steps.
+        lr = 5e-5 if steps <= SHORT_STEPS else 8e-5
+        fields |= {"lr": lr, "steps": steps, "max_length": max_length, "weights": str(weights.resolve())}
         caption = (
-            f"MiniLM (6 layers, H=384), 24 tokens, {steps} steps of 32 sentences after {start_steps} plain ones, "
-            "AdamW with lr 5e-5"
+            f"MiniLM (6 layers, H=384), {max_length} tokens, {steps} steps of 32 sentences after {start_steps} plain "
+            f"ones, AdamW with lr {lr:g}"
         )
         scale = steps / 4300
     if table == "text-chains":
         # Padding is left out, and what crosses is held against 128 tokens of every sentence.
         fields |= {"max_length": 128, "padding": "longest", "ragged": True}
-        caption = caption.replace("24 tokens", "sentences as long as they are")
+        caption = re.sub(r"\d+ tokens", "sentences as long as they are", caption)
     else:
         fields |= {"padding": "max", "ragged": False}
     device = ("--gpu", "0") if name == "full" else ("--cpu",)
@@ -205,7 +217,7 @@ def _shortened(limits: Mapping[str, Any]) -> Any:
 
 
 def train_row(device: Sequence[str], fields: Mapping[str, Any], spec: str, seed: int) -> dict[str, Any]:
-    """Train with one way to compress on a server of its own; its accuracy, rate and bytes."""
+    """Train with one way to compress, values of ``--compress`` with spaces between; its accuracy, rate and bytes."""
     from edge.config import TrainConfig
     from edge.trainer import train
 
@@ -213,7 +225,12 @@ def train_row(device: Sequence[str], fields: Mapping[str, Any], spec: str, seed:
     with tempfile.TemporaryDirectory() as folder, server(*device) as address:
         metrics = Path(folder, "metrics.jsonl")
         config = TrainConfig(
-            server=address, compress=spec, seed=seed, eval_every=10**9, metrics=metrics, **fields
+            server=address,
+            compress=tuple(spec.split()),
+            seed=seed,
+            eval_every=10**9,
+            metrics=metrics,
+            **fields,
         )
         try:
             result = train(config)
@@ -346,41 +363,32 @@ def write_section(title: str, about: str, printed: str) -> None:
 
 
 def with_ranks(rows: Sequence[Row], image_size: int) -> list[Row]:
-    """Give power iteration on maps the ranks whose rates come nearest to the published ones."""
+    """Give power iteration on maps the ranks whose rates come nearest to the published ones.
+
+    Both cuts get the same rank at 224 px. Smaller images leave cut 2 fewer positions, 9 of 49 at 96 px, and its rank
+    shrinks with them, to 1 at least.
+    """
     from common.model_spec import ModelSpec
     from common.models import build_model
     from common.partition import image_input, preset_cuts, split
 
     model = build_model(ModelSpec(name="mobilenet_v2", num_classes=10))
     parts = split(model, preset_cuts("mobilenet_v2"), image_input(image_size))
-    shapes = [info.shape for info in (*parts.cut1, *parts.cut2)]
-    dense = sum(c * h * w for c, h, w in shapes)
+    (channels1, *map1), (channels2, *map2) = (info.shape for (info,) in (parts.cut1, parts.cut2))
+    positions1, positions2 = math.prod(map1), math.prod(map2)
+    dense = channels1 * positions1 + channels2 * positions2
+
+    def ranks(rank: int) -> tuple[int, int]:
+        return rank, max(1, round(rank * positions2 / PUBLISHED_POSITIONS))
+
+    def rate(rank: int) -> float:
+        first, second = ranks(rank)
+        return (first * (channels1 + positions1) + second * (channels2 + positions2)) / dense
+
     chosen = []
     for row in rows:
-        best = min(
-            range(1, 32),
-            key=lambda r: abs(
-                sum(min(r * (c + h * w), c * h * w) for c, h, w in shapes) / dense - (row.rate or 0)
-            ),
-        )
-        chosen.append(Row(label=row.label, compress=f"lowrank:{best}", rate=row.rate, accuracy=row.accuracy))
-    return chosen
-
-
-def with_token_ranks(rows: Sequence[Row], tokens: int, width: int) -> list[Row]:
-    """Give power iteration on ``[S, H]`` the ranks whose rates come nearest to the published ones, and each another.
-
-    A rank that makes nothing smaller is not taken up, so the published one above rate 1 becomes the largest that does.
-    """
-    largest = (tokens * width - 1) // (tokens + width)
-    chosen: list[Row] = []
-    free = set(range(1, largest + 1))
-    for row in sorted(rows, key=lambda row: row.rate or 0.0):
-        published = row.rate or 0.0
-        best = min(free, key=lambda rank: abs(rank * (tokens + width) / (tokens * width) - published))
-        free.discard(best)
-        label = f"rank {best} ({row.label} of S=128, H=768)"
-        chosen.insert(0, Row(label=label, compress=f"lowrank:{best}", rate=row.rate, accuracy=row.accuracy))
+        first, second = ranks(min(range(1, 32), key=lambda rank: abs(rate(rank) - (row.rate or 0))))
+        chosen.append(replace(row, compress=f"cut1=lowrank:{first} cut2=lowrank:{second}"))
     return chosen
 
 
@@ -391,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="the published setting; wants a GPU")
     size.add_argument("--quick", action="store_true", help="see that it runs; proves nothing")
+    size.add_argument("--steps", type=int, default=SHORT_STEPS, metavar="N", help="of a schedule on CoLA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each of every row")
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="only these, from 0 for none")
     parser.add_argument("--data", type=Path, metavar="PATH", help="holds cifar10/ and cola/")
@@ -406,16 +415,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(getattr(reproduce_more, options.table)(options))
     name = "full" if options.full else "quick" if options.quick else "cpu"
     kind, rows = TABLES[options.table]
+    if options.steps != SHORT_STEPS:
+        if kind != "text":
+            parser.error("--steps is for tables on CoLA")
+        name = f"cpu-{options.steps}"
     data = options.data or Path(os.environ.get("ISTHMUS_DATA") or ROOT.parent / "shared" / "data")
     with tempfile.TemporaryDirectory() as folder:
         if kind == "text":
-            setting = text_setting(options.table, name, data, Path(folder), options.start)
+            setting = text_setting(options.table, name, data, Path(folder), options.start, options.steps)
         elif options.print:
             setting = Setting(name, "as kept", {}, 1.0, (), 1)
         else:
             setting = image_setting(name, data, Path(folder), options.start)
-        if options.table == "lowrank" and not options.full:
-            rows = tuple(with_token_ranks(rows, tokens=24, width=384))
         if options.table == "lowrank-image":
             rows = tuple(with_ranks(rows, 224 if options.full else 48))
         chosen = [
@@ -427,9 +438,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     printed, met = table_text(options.table, setting, rows)
     print(printed)
     if name != "quick":
-        command = f"python -m benchmarks.reproduce {options.table}{' --full' if options.full else ''}"
-        about = f"`{command}`: {setting.caption}."
-        write_section(f"Reproduced: {options.table}", about, printed)
+        given = " --full" if options.full else "" if name == "cpu" else f" --steps {options.steps}"
+        about = f"`python -m benchmarks.reproduce {options.table}{given}`: {setting.caption}."
+        longer = "" if name in ("cpu", "full") else f", {options.steps} steps"
+        write_section(f"Reproduced: {options.table}{longer}", about, printed)
     return 0 if met else 1
 
 

@@ -111,8 +111,8 @@ def plot(options: argparse.Namespace) -> bool:
         print("skipped: matplotlib is not installed; pip install 'isthmus[bench]'")
         return False
     setting = "full" if options.full else "cpu"
-    records = [r for r in read_records() if r.setting == setting]
-    plain = {(r.table, r.seed): r.accuracy for r in records if r.row == NONE.label}
+    records = [r for r in read_records() if r.setting.partition("-")[0] == setting]
+    plain = {(r.setting, r.table, r.seed): r.accuracy for r in records if r.row == NONE.label}
     kinds: Sequence[tuple[str, str, set[str], float, tuple[Row, ...]]] = (
         (
             "images",
@@ -135,9 +135,12 @@ def plot(options: argparse.Namespace) -> bool:
             print(f"{name}: nothing was measured yet")
             continue
         figure, axes = pyplot.subplots(figsize=(9, 5.5))
-        for table in sorted({r.table for r in mine}):
-            points = list(_means([r for r in mine if r.table == table], plain))
-            axes.plot(*zip(*points, strict=True), "o", label=f"here: {table}")
+        for table, of in sorted({(r.table, r.setting) for r in mine}):
+            points = list(_means([r for r in mine if (r.table, r.setting) == (table, of)], plain))
+            steps = of.partition("-")[2]
+            axes.plot(
+                *zip(*points, strict=True), "o", label=f"here: {table}" + (f", {steps} steps" * bool(steps))
+            )
         # A published rate is of the same dense bytes; accuracies are drawn as differences from no compression.
         dense = max(r.bytes_per_sample for r in mine)
         theirs = [(row.rate * dense, row.accuracy - baseline) for row in rows if row.rate and row.accuracy]
@@ -155,14 +158,14 @@ def plot(options: argparse.Namespace) -> bool:
 
 
 def _means(
-    records: Sequence[Record], plain: Mapping[tuple[str, int], float]
+    records: Sequence[Record], plain: Mapping[tuple[str, str, int], float]
 ) -> Iterator[tuple[float, float]]:
     """Yield bytes and the difference from the uncompressed run of the same kind and seed, a row at a time."""
     rows: dict[str, list[Record]] = {}
     for record in records:
         rows.setdefault(record.row, []).append(record)
     for group in rows.values():
-        lost = [r.accuracy - plain.get((_baseline(r), r.seed), math.nan) for r in group]
+        lost = [r.accuracy - plain.get((r.setting, _baseline(r), r.seed), math.nan) for r in group]
         yield sum(r.bytes_per_sample for r in group) / len(group), sum(lost) / len(lost)
 
 

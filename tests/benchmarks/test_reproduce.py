@@ -12,7 +12,6 @@ from benchmarks.reproduce import (
     read_records,
     table_text,
     with_ranks,
-    with_token_ranks,
 )
 from edge.compress import parse_compress
 
@@ -96,12 +95,25 @@ def test_rows_without_a_baseline_of_their_seed_are_shown_and_not_judged():
     assert "10.00" in text
 
 
-def test_ranks_for_maps_come_nearest_to_the_published_rates():
-    ranks = [row.compress for row in with_ranks(published.LOWRANK_IMAGE, 224)]
-    assert ranks == ["lowrank:3", "lowrank:2"]
+@pytest.mark.parametrize(
+    ("image_size", "ranks"),
+    [(224, [(3, 3), (2, 2)]), (96, [(3, 1), (2, 1)]), (48, [(2, 1), (1, 1)])],
+)
+def test_ranks_for_maps_come_nearest_to_the_published_rates(image_size, ranks):
+    rows = with_ranks(published.LOWRANK_IMAGE, image_size)
+    assert [row.compress for row in rows] == [f"cut1=lowrank:{a} cut2=lowrank:{b}" for a, b in ranks]
+    assert [row.rate for row in rows] == [0.100, 0.073]
 
 
-def test_ranks_on_tokens_come_near_the_published_rates_and_differ() -> None:
-    rows = with_token_ranks(published.LOWRANK_TEXT, tokens=24, width=384)
-    assert [row.compress for row in rows] == ["lowrank:22", "lowrank:7", "lowrank:3", "lowrank:2"]
-    assert [row.rate for row in rows] == [1.17, 0.291, 0.146, 0.109]
+def test_a_longer_schedule_is_a_setting_of_its_own():
+    keep(record(published.CONV[0].label, 10.0))
+    keep(record(published.CONV[0].label, 20.0, setting="cpu-600"))
+    assert len(read_records()) == 2
+    longer = Setting("cpu-600", "", {}, 1.0, (), 1)
+    assert "20.00" in table_text("conv", longer, published.CONV)[0]
+
+
+def test_a_longer_schedule_is_refused_for_images(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["conv", "--steps", "600"])
+    assert "--steps is for tables on CoLA" in capsys.readouterr().err
