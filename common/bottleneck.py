@@ -6,7 +6,6 @@ They are part of the model: trained with it, saved with it under ``bottleneck.``
 sides from the seed. A kind of bottleneck is one entry of `KINDS`.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,6 @@ from common.conv_bottleneck import (
 )
 from common.decay_bottleneck import build_decay, parse_decay, start_rotated
 from common.errors import UserError
-from common.fitting import without_padding
 from common.linear_bottleneck import (
     build_linear,
     choose_width,
@@ -33,7 +31,6 @@ from common.linear_bottleneck import (
 from common.partition import Partition, ShapeAfter, Split
 from common.propagate import TensorInfo
 from common.seeding import derive_seed
-from common.stage import seeded
 from common.weights import BOTTLENECK_PREFIX
 
 
@@ -86,10 +83,6 @@ def _start_conv(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, ma
     start_from_maps(encoder, decoder, maps)
 
 
-def _check_linear(spec: BottleneckSpec) -> None:
-    parse_linear(spec.args)
-
-
 def _build_linear(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: torch.Generator) -> Coders:
     width = choose_width(parse_linear(spec.args), cut, info.shape)
     encoder, decoder = build_linear(info.shape[-1], width)
@@ -98,12 +91,7 @@ def _build_linear(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: t
 
 
 def _start_linear(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
-    if parse_linear(spec.args).start == "pca":
-        start_from_tokens(encoder, decoder, (tokens,))
-
-
-def _check_decay(spec: BottleneckSpec) -> None:
-    parse_decay(spec.args)
+    start_from_tokens(encoder, decoder, (tokens,))
 
 
 def _build_decay(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: torch.Generator) -> Coders:
@@ -116,8 +104,7 @@ def _build_decay(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: to
 
 
 def _start_decay(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
-    if parse_decay(spec.args).start == "pca":
-        start_rotated(encoder, decoder, (tokens,))
+    start_rotated(encoder, decoder, (tokens,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,23 +116,46 @@ class Kind:
         dims: the dimensions, with the batch's, of the tensors that get one; of several, the first that crosses.
         needs: the same in words.
         build: from the specification, the cut's number, the tensor, and a generator of first weights.
+        from_samples: whether what the arguments say starts from what crosses.
         start: starts encoder and decoder anew from a tensor as it crosses without them.
     """
 
-    check: Callable[[BottleneckSpec], None]
+    check: Callable[[BottleneckSpec], object]
     dims: tuple[int, ...]
     needs: str
     build: Callable[[BottleneckSpec, int, TensorInfo, torch.Generator], Coders]
+    from_samples: Callable[[BottleneckSpec], bool]
     start: Callable[[BottleneckSpec, nn.Module, nn.Module, Tensor], None]
 
 
-_CONV = Kind(check=_check_conv, dims=(4,), needs="a map [B,C,H,W]", build=_build_conv, start=_start_conv)
+_CONV = Kind(
+    check=_check_conv,
+    dims=(4,),
+    needs="a map [B,C,H,W]",
+    build=_build_conv,
+    from_samples=lambda spec: True,
+    start=_start_conv,
+)
 _TOKENS = "tokens [B,S,H] or features [B,H]"
 KINDS = {
     "conv": _CONV,
     "conv2": _CONV,
-    "linear": Kind(check=_check_linear, dims=(3, 2), needs=_TOKENS, build=_build_linear, start=_start_linear),
-    "decay": Kind(check=_check_decay, dims=(3, 2), needs=_TOKENS, build=_build_decay, start=_start_decay),
+    "linear": Kind(
+        check=lambda spec: parse_linear(spec.args),
+        dims=(3, 2),
+        needs=_TOKENS,
+        build=_build_linear,
+        from_samples=lambda spec: parse_linear(spec.args).start == "pca",
+        start=_start_linear,
+    ),
+    "decay": Kind(
+        check=lambda spec: parse_decay(spec.args),
+        dims=(3, 2),
+        needs=_TOKENS,
+        build=_build_decay,
+        from_samples=lambda spec: parse_decay(spec.args).start == "pca",
+        start=_start_decay,
+    ),
 }
 
 
@@ -223,38 +233,6 @@ def with_bottleneck(split: Split, specs: Sequence[str], *, seed: int) -> Split:
         if pair.shape_after is not None
     }
     return replace(split, cut1=crossing[0], cut2=crossing[1], shapes=shapes)
-
-
-@torch.no_grad()
-def start_from_samples(split: Split, specs: Sequence[str], inputs: Sequence[Tensor], *, seed: int) -> None:
-    """Start the bottlenecks of a split model from what crosses the cuts for some samples.
-
-    Args:
-        split: as `with_bottleneck` returned it; nothing but its encoders and decoders changes.
-        specs: as given to `with_bottleneck`.
-        inputs: some of the training samples, as the front takes them.
-        seed: of dropout on the way.
-    """
-    tensors: tuple[Tensor, ...] = tuple(inputs)
-    with seeded(seed, torch.device("cpu")):
-        for text, before, after, infos in zip(
-            specs,
-            (split.front, split.middle),
-            (split.middle, split.back),
-            (split.cut1, split.cut2),
-            strict=True,
-        ):
-            # A copy, for running statistics move.
-            outputs = copy.deepcopy(before).train().run_bare(*tensors)
-            crossed = list(outputs[: len(infos)])
-            for position, path in before.encoders.items():
-                encoder, decoder = before.get_submodule(path), after.get_submodule(after.decoders[position])
-                spec = parse_bottleneck(text)
-                KINDS[spec.kind].start(
-                    spec, encoder, decoder, without_padding(outputs[position], encoder, inputs)
-                )
-                crossed[position] = decoder(encoder(outputs[position]))
-            tensors = tuple(crossed)
 
 
 def _narrow(

@@ -1,5 +1,6 @@
 """Fits an inserted pair to give back what crosses without it, before any training of the model."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.decay_bottleneck import start_rotated
+from common.inputs import padding_mask
 from common.linear_bottleneck import start_from_tokens
 from common.narrowing import LAST, Narrowing, narrowing_layers
+from common.partition import Partition
 from common.seeding import derive_seed
 
 OnStep: TypeAlias = Callable[[int, int, float], None]
@@ -132,6 +136,16 @@ def relative_error(encoder: nn.Module, decoder: nn.Module, batches: Sequence[Ten
     return math.sqrt(lost / whole) if whole else 0.0
 
 
+def copy_to_record(partition: Partition) -> Partition:
+    """Copy a partition to run what crosses out of, for running statistics move.
+
+    It normalizes by the batch, as in training; where nothing does that it drops nothing out either, for the noise only
+    blurs what a pair is fitted to.
+    """
+    copied = copy.deepcopy(partition)
+    return copied.train(any(isinstance(module, _BatchNorm) for module in copied.modules()))
+
+
 def without_padding(tensor: Tensor, encoder: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     """Leave padding out of what an encoder is fitted to: what a model makes of it means nothing.
 
@@ -143,7 +157,7 @@ def without_padding(tensor: Tensor, encoder: nn.Module, inputs: Sequence[Tensor]
     Returns:
         The tokens, ``[1, N, H]``, or the tensor itself where nothing is to be left out.
     """
-    mask = next((given for given in inputs if given.dtype == torch.bool and given.dim() == 2), None)
+    mask = padding_mask(inputs)
     along_sequence = any(layer.along_sequence for layer in narrowing_layers(encoder))
     if mask is None or along_sequence or tensor.shape[:2] != mask.shape:
         return tensor

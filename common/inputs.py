@@ -1,6 +1,9 @@
 """What models take."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from common.propagate import TensorInfo
 
@@ -23,3 +26,8 @@ def text_input(most_tokens: int, *, pairs: bool = False) -> tuple[TensorInfo, ..
 
     types = (tokens("token_type_ids", torch.int64),) if pairs else ()
     return (tokens("input_ids", torch.int64), tokens("attention_mask", torch.bool), *types)
+
+
+def padding_mask(inputs: Iterable[Tensor]) -> Tensor | None:
+    """Return which tokens of a text classifier's inputs are no padding, ``[B, S]``; None for images."""
+    return next((given for given in inputs if given.dtype == torch.bool and given.dim() == 2), None)

@@ -5,7 +5,6 @@
 A pretrained middle then meets nearly what it was trained on, from the first step on.
 """
 
-import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import TrainingStopped, UserError
-from common.fitting import Fit, fit_pair, without_padding
+from common.fitting import Fit, copy_to_record, fit_pair, without_padding
 from common.linear_bottleneck import described
 from common.narrowing import LAST
 from common.partition import Partition
@@ -125,8 +124,8 @@ def _fit_all(
 
 
 def _run(partition: Partition, inputs: Iterator[Crossing], seed: int) -> Iterator[Crossing]:
-    """Yield what a partition without its encoders gives in training mode; it stays as it is."""
-    running = copy.deepcopy(partition).train()  # for running statistics move
+    """Yield what a partition without its encoders gives; it stays as it is."""
+    running = copy_to_record(partition)
     for number, batch in enumerate(inputs):
         batch_seed = derive_seed(seed, "calibrate", number)
         with torch.no_grad(), seeded(batch_seed, torch.device("cpu")):

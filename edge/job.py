@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from common import text_config, text_models
-from common.bottleneck import start_from_samples, with_bottleneck
+from common.bottleneck import with_bottleneck
+from common.bottleneck_start import start_from_samples, starts_from_samples
 from common.errors import UserError
+from common.inputs import padding_mask
 from common.model_spec import ModelSpec
 from common.models import build_model, default_image_size, is_path, model_inputs
 from common.optim import OptimSpec
@@ -27,8 +29,9 @@ from edge.data.samples import ImageSamples, Samples, TextSamples
 from edge.data.text import Tokens, is_text_data, open_text
 from wire.messages import Ready
 
-START_SAMPLES = 32
-"""Samples that bottlenecks are started from."""
+START_SAMPLES, START_TOKENS = 32, 8192
+"""How many samples bottlenecks are started from: of images so many, of texts those that hold so many tokens or a few
+more. With fewer tokens than a layer has features, most of its axes would be chance."""
 
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 TEXT_LR = {"sgd": 0.005, "adamw": 2e-5}
@@ -93,9 +96,9 @@ def prepare(config: TrainConfig) -> Job:
     if config.bottleneck is not None:
         purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)
         load_bottleneck(config.bottleneck, parts, purpose)
-    elif any(compression.bottlenecks):
-        first = samples.plain(epoch_order(samples.train_size, config.seed, 0)[:START_SAMPLES])
-        start_from_samples(parts, compression.bottlenecks, first, seed=config.seed)
+    elif any(map(starts_from_samples, compression.bottlenecks)):
+        some = _some_samples(samples, config.seed)
+        start_from_samples(parts, compression.bottlenecks, some, seed=config.seed)
     used = {name for part in parts.partitions.values() for name in part.state_dict()}
     initial_state = {
         name: tensor.to("meta") if name in used else tensor.clone()
@@ -186,6 +189,17 @@ def _open_text(config: TrainConfig) -> tuple[Samples, ModelSpec]:
     )
     tokens = Tokens(config.model, model_inputs(spec), longest=config.padding == "longest")
     return TextSamples(dataset, tokens, seed=config.seed), spec
+
+
+def _some_samples(samples: Samples, seed: int) -> tuple[Tensor, ...]:
+    """Return the training samples that bottlenecks are started from."""
+    order = epoch_order(samples.train_size, seed, 0)
+    some = samples.plain(order[:START_SAMPLES])
+    mask = padding_mask(some)
+    if mask is None:
+        return some
+    tokens = max(int(mask.sum()), 1)
+    return samples.plain(order[: max(START_SAMPLES, -(-len(mask) * START_TOKENS // tokens))])
 
 
 def _num_classes(config: TrainConfig, classes: Sequence[str]) -> int:

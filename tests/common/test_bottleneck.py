@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.bottleneck import build_pair, parse_bottleneck, start_from_samples, with_bottleneck
+from common.bottleneck import build_pair, parse_bottleneck, with_bottleneck
+from common.bottleneck_start import start_from_samples
 from common.conv_bottleneck import (
     Pair,
     build_coders,

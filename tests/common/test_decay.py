@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.bottleneck import KINDS, build_pair, parse_bottleneck, start_from_samples, with_bottleneck
+from common.bottleneck import KINDS, build_pair, parse_bottleneck, with_bottleneck
+from common.bottleneck_start import start_from_samples
 from common.decay_bottleneck import parse_decay
 from common.errors import UserError
 from common.narrowing import LAST, Decay, Narrowing, narrow_to, narrowing_layers

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.bottleneck import KINDS, build_pair, parse_bottleneck, start_from_samples, with_bottleneck
+from common.bottleneck import KINDS, build_pair, parse_bottleneck, with_bottleneck
+from common.bottleneck_start import start_from_samples
 from common.errors import UserError
 from common.linear_bottleneck import LinearOptions, parse_linear, principal_axes
 from common.partition import image_input, preset_cuts, split
@@ -178,6 +179,19 @@ def test_principal_components_lose_no_more_than_the_best_choice_would():
     assert lost(parts, images) == pytest.approx(
         float(values[6:].square().sum() / bare.square().sum()), rel=1e-3
     )
+
+
+def test_dropout_does_not_blur_what_it_starts_from():
+    images, starts = drawn(16, 3, 32, 32), []
+    for seed in (0, 1):
+        parts = inserted("linear:6")
+        dropping = [module for module in parts.front.modules() if isinstance(module, nn.Dropout)]
+        assert dropping
+        for module in dropping:
+            module.p = 0.5
+        start_from_samples(parts, ("linear:6", "linear:6"), (images,), seed=seed)
+        starts.append(parts.front.get_parameter("bottleneck.cut1.encoder.0.weight"))
+    assert torch.equal(*starts)
 
 
 def test_the_identity_stays_where_it_is_asked_for():

@@ -12,6 +12,7 @@ from common.models import build_model, register_model
 from common.partition import image_input, split
 from common.spec import STREAMS, JobSpec
 from common.weights import merge_states, partition_state, save_model, split_bottleneck, state_digest
+from edge import job
 from edge.config import TrainConfig
 from edge.job import describe, prepare
 from tests.wire.pair import SAMPLES
@@ -262,3 +263,28 @@ def test_a_job_is_settled():
     job = prepare(config())
     with pytest.raises(dataclasses.FrozenInstanceError):
         job.total_steps = 3
+
+
+class Texts:
+    """Samples of six tokens each, of twelve places."""
+
+    train_size = 1000
+
+    def plain(self, ids):
+        mask = torch.arange(12).expand(len(ids), 12) < 6
+        return torch.zeros(len(ids), 12, dtype=torch.int64), mask
+
+
+class Pictures:
+    train_size = 1000
+
+    def plain(self, ids):
+        return (torch.zeros(len(ids), 3, 4, 4),)
+
+
+def test_bottlenecks_start_from_as_many_texts_as_hold_enough_tokens(monkeypatch):
+    monkeypatch.setattr(job, "START_TOKENS", 600)
+    assert len(job._some_samples(Texts(), 0)[0]) == 100
+    monkeypatch.setattr(job, "START_TOKENS", 60)
+    assert len(job._some_samples(Texts(), 0)[0]) == job.START_SAMPLES
+    assert len(job._some_samples(Pictures(), 0)[0]) == job.START_SAMPLES

@@ -1,0 +1,48 @@
+"""Starts the bottlenecks of a split model from what crosses its cuts for some samples."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.bottleneck import KINDS, parse_bottleneck
+from common.fitting import copy_to_record, without_padding
+from common.partition import Split
+from common.stage import seeded
+
+
+def starts_from_samples(text: str) -> bool:
+    """Say whether a bottleneck starts from what crosses its cut; False for an empty specification."""
+    spec = parse_bottleneck(text) if text else None
+    return spec is not None and KINDS[spec.kind].from_samples(spec)
+
+
+@torch.no_grad()
+def start_from_samples(split: Split, specs: Sequence[str], inputs: Sequence[Tensor], *, seed: int) -> None:
+    """Start the bottlenecks of a split model from what crosses the cuts for some samples.
+
+    Args:
+        split: as `with_bottleneck` returned it; nothing but its encoders and decoders changes.
+        specs: as given to `with_bottleneck`.
+        inputs: some of the training samples, as the front takes them.
+        seed: of dropout on the way, in models that normalize by the batch.
+    """
+    tensors: tuple[Tensor, ...] = tuple(inputs)
+    with seeded(seed, torch.device("cpu")):
+        for text, before, after, infos in zip(
+            specs,
+            (split.front, split.middle),
+            (split.middle, split.back),
+            (split.cut1, split.cut2),
+            strict=True,
+        ):
+            outputs = copy_to_record(before).run_bare(*tensors)
+            crossed = list(outputs[: len(infos)])
+            for position, path in before.encoders.items():
+                encoder, decoder = before.get_submodule(path), after.get_submodule(after.decoders[position])
+                if starts_from_samples(text):
+                    spec = parse_bottleneck(text)
+                    tokens = without_padding(outputs[position], encoder, inputs)
+                    KINDS[spec.kind].start(spec, encoder, decoder, tokens)
+                crossed[position] = decoder(encoder(outputs[position]))
+            tensors = tuple(crossed)
