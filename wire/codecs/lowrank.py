@@ -12,20 +12,34 @@ or three thin products, as long as a stream's tensors resemble each other:
 What is remembered lies on the side of the features (channels, or the hidden size), as they mean the same in
 every sample; where it is U, the first line is ``V = U Mᵀ``.
 
+Where a mask tells the tokens of a text from its padding, padding counts as zeros, for no rank is to be spent on what
+means nothing; and the tokens that ``ragged`` packs become matrices of their samples again.
+
 Source: PowerSGD, Vogels, Karimireddy and Jaggi 2019, https://arxiv.org/abs/1905.13727, which does so for
 gradients of weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from wire.codecs.base import Call, Codec, Facts, NonFiniteTensor, Packed, Part, PartType, Role, no_meta
-from wire.codecs.layout import TensorType, flat, padded
+from wire.codecs.base import (
+    NOTHING_KNOWN,
+    Call,
+    Codec,
+    Facts,
+    NonFiniteTensor,
+    Packed,
+    Part,
+    PartType,
+    Role,
+    no_meta,
+)
+from wire.codecs.layout import TensorType, padded
+from wire.codecs.matrices import Matrices
 from wire.codecs.registry import register
 from wire.errors import CorruptPayload
 
@@ -52,54 +66,6 @@ _MOST_STARTS = 16
 """Shapes that a stream remembers, the latest ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Matrices:
-    """A tensor's memory as one matrix a sample.
-
-    Attributes:
-        count: how many matrices.
-        rows: of each.
-        columns: of each.
-        features: which of the two sides the features are on, "rows" or "columns".
-    """
-
-    count: int
-    rows: int
-    columns: int
-    features: Literal["rows", "columns"]
-
-    @classmethod
-    def of(cls, whole: TensorType) -> Matrices | None:
-        """The matrices of a tensor of this type; None where it has none."""
-        if len(whole.shape) == 3:
-            return cls(*whole.shape, "columns")
-        if len(whole.shape) == 4:
-            count, channels, height, width = whole.shape
-            if whole.order == "NHWC":
-                return cls(count, height * width, channels, "columns")
-            return cls(count, channels, height * width, "rows")
-        return None
-
-    @property
-    def tall(self) -> bool:
-        """Whether the rows are the longer side."""
-        return self.rows >= self.columns
-
-    @property
-    def features_are_long(self) -> bool:
-        """Whether the features are on the longer side."""
-        return self.tall == (self.features == "rows")
-
-    @property
-    def smaller_side(self) -> int:
-        """Of each matrix."""
-        return min(self.rows, self.columns)
-
-    def view(self, x: Tensor) -> Tensor:
-        """A dense tensor's memory as `[count, rows, columns]`."""
-        return flat(x).view(self.count, self.rows, self.columns)
-
-
 @register
 class LowRank(Codec):
     """Two factors of rank R a sample: ``[count, R, rows]`` and ``[count, R, columns]``.
@@ -123,14 +89,14 @@ class LowRank(Codec):
     def encode(self, x: Tensor, call: Call) -> Packed | None:
         """Two parts, the factors of the rows and of the columns, in the tensor's own dtype."""
         whole = TensorType.of(x)
-        matrices = self._fitting(whole)
+        matrices = self._fitting(whole, call.facts)
         if matrices is None:
             return None
         m = matrices.view(x).float()
         m = m if matrices.tall else m.transpose(1, 2)
         factors = self._factors(m, matrices, most=min(_HUGE, torch.finfo(x.dtype).max))
         if factors is None:
-            if not x.isfinite().all():
+            if not m.isfinite().all():
                 raise NonFiniteTensor(self.name)
             return None
         long, short = factors
@@ -141,7 +107,7 @@ class LowRank(Codec):
     def part_types(self, whole: TensorType, meta: Mapping[str, Any], facts: Facts) -> tuple[PartType, ...]:
         """``[count, R, rows]`` and ``[count, R, columns]``, of the same dtype."""
         no_meta(self.name, meta)
-        matrices = self._fitting(whole)
+        matrices = self._fitting(whole, facts)
         if matrices is None:
             raise CorruptPayload(
                 f"{self.name}:{self.rank} never takes a tensor of {whole.dtype}, {list(whole.shape)}"
@@ -157,7 +123,9 @@ class LowRank(Codec):
         if whole.dtype == torch.float16:
             top = torch.finfo(whole.dtype).max
             x = x.clamp_(-top, top)
-        return whole.shaped(x.to(whole.dtype).view(-1))
+        matrices = Matrices.of(whole, facts)
+        assert matrices is not None
+        return whole.shaped(matrices.memory(x.to(whole.dtype)))
 
     def error_bound(self, x: Tensor) -> Tensor:
         """What is cut off is orthogonal to what remains, so no larger than the row or column that it is in."""
@@ -167,6 +135,10 @@ class LowRank(Codec):
             return torch.zeros((), dtype=torch.float64)
         values = matrices.view(x).double()
         sizes = torch.linalg.vector_norm(values, dim=2 if matrices.tall else 1, keepdim=True)
+        if (
+            matrices.count == 1
+        ):  # perhaps the tokens of several texts, whose matrices may be wide where all are not
+            sizes = torch.maximum(sizes, torch.linalg.vector_norm(values, dim=1, keepdim=True))
         info = torch.finfo(x.dtype)
         # Both factors and the product are rounded; below a dtype's normal range by fixed amounts.
         bound = sizes * (1 + 4 * info.eps + 1e-4) + 4 * self.rank * info.tiny * info.eps
@@ -202,9 +174,9 @@ class LowRank(Codec):
             raise ValueError(f"the state is not one of {self.name}:{self.rank}")
         self._starts = {tuple(start.shape): start for start in starts}
 
-    def _fitting(self, whole: TensorType) -> Matrices | None:
+    def _fitting(self, whole: TensorType, facts: Facts = NOTHING_KNOWN) -> Matrices | None:
         """The matrices of a tensor that this codec makes smaller; None for any other."""
-        matrices = Matrices.of(whole)
+        matrices = Matrices.of(whole, facts)
         if matrices is None or whole.dtype not in _TAKES or self.rank > matrices.smaller_side:
             return None
         size = sum(padded(part.nbytes) for part in self._parts(matrices, whole.dtype))

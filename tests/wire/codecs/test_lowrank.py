@@ -6,7 +6,8 @@ import torch
 from wire.codecs.base import NOTHING_KNOWN, Call, NonFiniteTensor, Role
 from wire.codecs.chain import Decoder, Encoder, parse_chain
 from wire.codecs.layout import TensorType
-from wire.codecs.lowrank import _MOST_STARTS, LowRank, Matrices, orthonormal
+from wire.codecs.lowrank import _MOST_STARTS, LowRank, orthonormal
+from wire.codecs.matrices import Matrices
 from wire.errors import CorruptPayload
 
 CALL = Call(0)

@@ -81,7 +81,7 @@ def test_tensor_that_the_mask_has_no_say_in_is_sent_whole(x, facts):
 @pytest.mark.parametrize("spec", LATER)
 def test_every_codec_works_on_the_tokens(spec, role):
     kept = mask((31, 3, 64, 17), 64)
-    x = hidden(kept, 48)
+    x = hidden(kept, 96)
     y, encoded = Ends(f"ragged+{spec}", role).send(x, Facts(kept=kept))
     names = codecs_in(encoded.desc)
     assert names[0] == "ragged"
@@ -95,13 +95,44 @@ def test_every_codec_works_on_the_tokens(spec, role):
     assert not y[~kept].any()
 
 
-def test_lowrank_takes_all_tokens_of_a_chunk_as_one_matrix():
+def test_lowrank_makes_a_matrix_of_each_text_again():
     kept = mask((31, 3, 64, 17), 64)
-    directions = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
-    x = hidden(kept, 3) @ directions
+    # Of rank 3 each, together of rank 12.
+    directions = torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(1))
+    x = torch.bmm(hidden(kept, 3), directions)
     y, encoded = Ends("ragged+lowrank:4").send(x, Facts(kept=kept))
-    assert [part["shape"] for part in encoded.desc["parts"][0]["parts"]] == [[1, 4, 115], [1, 4, 48]]
+    assert [part["shape"] for part in encoded.desc["parts"][0]["parts"]] == [[4, 4, 64], [4, 4, 48]]
     torch.testing.assert_close(y, only(kept, x), rtol=1e-4, atol=1e-4)
+
+
+def test_lowrank_leaves_short_texts_as_their_tokens():
+    kept = mask((5, 3, 4, 5), 64)
+    x = hidden(kept, 48)
+    y, encoded = Ends("ragged+lowrank:6").send(x, Facts(kept=kept))
+    assert codecs_in(encoded.desc) == ["ragged"]
+    assert torch.equal(y, only(kept, x))
+
+
+def test_lowrank_spends_no_rank_on_padding():
+    kept = mask((31, 3, 20, 17), 64)
+    tokens = torch.bmm(hidden(kept, 3), torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(1)))
+    padding = 100 * hidden(~kept, 48, seed=2)
+    x = torch.where(kept[..., None], tokens, padding)
+    y, encoded = Ends("lowrank:4").send(x, Facts(kept=kept))
+    assert [part["shape"] for part in encoded.desc["parts"]] == [[4, 4, 64], [4, 4, 48]]
+    torch.testing.assert_close(y, only(kept, x), rtol=1e-4, atol=1e-4)
+    assert not y[~kept].any()
+    assert torch.equal(y, Ends("lowrank:4").send(only(kept, x), Facts(kept=kept))[0])
+
+
+def test_lowrank_sees_what_is_not_finite_only_where_tokens_are():
+    kept = mask((31, 3, 20, 17), 64)
+    x = hidden(kept, 48)
+    x[1, 5] = torch.nan
+    assert torch.isfinite(Ends("lowrank:4").send(x, Facts(kept=kept))[0]).all()
+    x[1, 0, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Encoder(parse_chain("lowrank:4"), Role.ACTIVATION).encode(x, seed=0, facts=Facts(kept=kept))
 
 
 def test_each_token_keeps_a_range_of_its_own():

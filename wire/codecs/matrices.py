@@ -1,0 +1,90 @@
+"""Tensors as one matrix a sample, which `wire.codecs.lowrank` factorizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from wire.codecs.base import NOTHING_KNOWN, Facts
+from wire.codecs.layout import TensorType, flat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """A tensor's memory as one matrix a sample.
+
+    Attributes:
+        count: how many matrices.
+        rows: of each.
+        columns: of each.
+        features: which of the two sides the features are on, "rows" or "columns".
+        lengths: how many rows of each are in memory, one matrix after the other; None where all are.
+        kept: bool ``[count, rows]``: which rows count, the others being zeros; None where all do.
+    """
+
+    count: int
+    rows: int
+    columns: int
+    features: Literal["rows", "columns"]
+    lengths: tuple[int, ...] | None = None
+    kept: Tensor | None = None
+
+    @classmethod
+    def of(cls, whole: TensorType, facts: Facts = NOTHING_KNOWN) -> Matrices | None:
+        """The matrices of a tensor of this type; None where it has none."""
+        if len(whole.shape) == 3:
+            kept = facts.kept
+            if kept is None:
+                return cls(*whole.shape, "columns")
+            if whole.shape[:2] == tuple(kept.shape):
+                return cls(*whole.shape, "columns", kept=kept)
+            if whole.shape[:2] == (1, sum(facts.lengths)):
+                lengths = facts.lengths
+                return cls(len(lengths), max(lengths, default=0), whole.shape[2], "columns", lengths=lengths)
+            return cls(*whole.shape, "columns")
+        if len(whole.shape) == 4:
+            count, channels, height, width = whole.shape
+            if whole.order == "NHWC":
+                return cls(count, height * width, channels, "columns")
+            return cls(count, channels, height * width, "rows")
+        return None
+
+    @property
+    def tall(self) -> bool:
+        """Whether the rows are the longer side."""
+        return self.rows >= self.columns
+
+    @property
+    def features_are_long(self) -> bool:
+        """Whether the features are on the longer side."""
+        return self.tall == (self.features == "rows")
+
+    @property
+    def smaller_side(self) -> int:
+        """Of each matrix."""
+        return min(self.rows, self.columns)
+
+    def view(self, x: Tensor) -> Tensor:
+        """A dense tensor as `[count, rows, columns]`."""
+        if self.lengths is not None:
+            m = x.new_zeros(self.count * self.rows, self.columns)
+            m.index_copy_(0, self._places(x.device), flat(x).view(-1, self.columns))
+            return m.view(self.count, self.rows, self.columns)
+        m = flat(x).view(self.count, self.rows, self.columns)
+        return m if self.kept is None else m.masked_fill(~self.kept.to(x.device)[..., None], 0)
+
+    def memory(self, m: Tensor) -> Tensor:
+        """What of `[count, rows, columns]` is in the tensor's memory, in its order."""
+        m = m.reshape(-1, self.columns)
+        return (m if self.lengths is None else m.index_select(0, self._places(m.device))).reshape(-1)
+
+    def _places(self, device: torch.device) -> Tensor:
+        """Where the rows that are in memory stand among all."""
+        lengths = torch.tensor(self.lengths)
+        skipped = torch.arange(self.count) * self.rows - (lengths.cumsum(0) - lengths)
+        return (torch.arange(int(lengths.sum())) + skipped.repeat_interleave(lengths)).to(device)
