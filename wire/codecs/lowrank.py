@@ -1,8 +1,8 @@
 """lowrank:R: each sample as a product of two thin matrices, found by power iteration.
 
-A sample is a matrix, ``[C, H*W]`` of a map and ``[S, H]`` of a sequence. One step of power iteration from
-the factor of the tensor before it gives nearly what a singular value decomposition would, at the cost of two
-or three thin products, as long as a stream's tensors resemble each other:
+A sample is a matrix, ``[C, H*W]`` of a map and ``[S, H]`` of a sequence. Two steps of power iteration from
+the factor of the tensor before it give nearly what a singular value decomposition would, at the cost of four
+or five thin products, as long as a stream's tensors resemble each other:
 
     V = start            what is remembered, or random          [R, long]
     U = orth(V M)        orthonormal, so nothing blows up       [R, short]
@@ -59,8 +59,9 @@ _HUGE = 1e35
 _STIR = 1e-6
 """Share of random directions in each step. A direction that was empty, and would stay so, finds another."""
 
-_COLD_STEPS = 2
-"""Steps from a random start."""
+_STEPS, _COLD_STEPS = 2, 3
+"""Steps from what is remembered, and from a random start. Samples change from one training step to the next: of
+MobileNetV2's first map on CIFAR-10, at ranks 2 and 3, one step leaves 14 % above the least error, two leave 4 %."""
 
 _MOST_STARTS = 16
 """Shapes that a stream remembers, the latest ones."""
@@ -193,7 +194,7 @@ class LowRank(Codec):
         """
         count, long, short = m.shape
         start = self._starts.get((count, self.rank, long if matrices.features_are_long else short))
-        steps = 1
+        steps = _STEPS
         if start is None:
             steps = _COLD_STEPS
             v = directions(self.rank, long, m.device).expand(count, -1, -1)
