@@ -146,9 +146,7 @@ def make_text_start(fields: Mapping[str, Any], weights: Path) -> None:
     print(f"the start: accuracy {result.accuracy:.2%}, MCC {result.mcc:.3f}", flush=True)
 
 
-def text_setting(
-    table: str, name: str, data: Path, folder: Path, start: Path | None, steps: int = SHORT_STEPS
-) -> Setting:
+def text_setting(table: str, name: str, data: Path, folder: Path, start: Path | None, steps: int) -> Setting:
     """How the rows on CoLA are trained; without the published schedule, so many steps from a start made here."""
     if not (data / "cola").is_dir():
         raise SystemExit(f"skipped: CoLA is not there ({data}/cola); say where with --data or ISTHMUS_DATA")
@@ -252,6 +250,12 @@ def train_row(device: Sequence[str], fields: Mapping[str, Any], spec: str, seed:
         "bytes_per_sample": (last["up_bytes"] + last["down_bytes"]) / samples,
         "seconds": time.monotonic() - began,
     }
+
+
+def longer_schedule(setting: str) -> str:
+    """What a title adds for the setting of a longer schedule, as in ``, 300 steps``; empty for any other."""
+    steps = setting.partition("-")[2]
+    return f", {steps} steps" if steps else ""
 
 
 def read_records() -> list[Record]:
@@ -431,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setting = Setting(name, "as kept", {}, 1.0, (), 1)
         else:
             setting = image_setting(name, data, Path(folder), options.start)
-        if options.table == "decay" and name.startswith("cpu-"):
+        if options.table == "decay" and longer_schedule(name):
             rows = tuple(replace(row, compress=f"{row.compress},start=pca") for row in rows)
             setting = replace(setting, caption=f"{setting.caption}; pairs start on the principal axes")
         if options.table == "lowrank-image":
@@ -445,9 +449,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     printed, met = table_text(options.table, setting, rows)
     print(printed)
     if name != "quick":
-        given = " --full" if options.full else "" if name == "cpu" else f" --steps {options.steps}"
+        longer = longer_schedule(name)
+        given = " --full" if options.full else f" --steps {options.steps}" if longer else ""
         about = f"`python -m benchmarks.reproduce {options.table}{given}`: {setting.caption}."
-        longer = "" if name in ("cpu", "full") else f", {options.steps} steps"
         write_section(f"Reproduced: {options.table}{longer}", about, printed)
     return 0 if met else 1
 

@@ -13,7 +13,15 @@ from benchmarks.links import shaped_link
 from benchmarks.mobilenet_split import MALLOC_HELP
 from benchmarks.product import clean_environment, run_json, run_product
 from benchmarks.published import IMAGE_BASELINE, TEXT_BASELINE, Row
-from benchmarks.reproduce import NONE, TABLES, Record, read_records, recorded_as, write_section
+from benchmarks.reproduce import (
+    NONE,
+    TABLES,
+    Record,
+    longer_schedule,
+    read_records,
+    recorded_as,
+    write_section,
+)
 from benchmarks.step_time import WORKLOAD
 from edge.flops import columns
 
@@ -137,10 +145,7 @@ def plot(options: argparse.Namespace) -> bool:
         figure, axes = pyplot.subplots(figsize=(9, 5.5))
         for table, of in sorted({(r.table, r.setting) for r in mine}):
             points = list(_means([r for r in mine if (r.table, r.setting) == (table, of)], plain))
-            steps = of.partition("-")[2]
-            axes.plot(
-                *zip(*points, strict=True), "o", label=f"here: {table}" + (f", {steps} steps" * bool(steps))
-            )
+            axes.plot(*zip(*points, strict=True), "o", label=f"here: {table}{longer_schedule(of)}")
         # A published rate is of the same dense bytes; accuracies are drawn as differences from no compression.
         dense = max(r.bytes_per_sample for r in mine)
         theirs = [(row.rate * dense, row.accuracy - baseline) for row in rows if row.rate and row.accuracy]

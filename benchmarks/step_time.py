@@ -48,17 +48,15 @@ COMPRESSED = "conv+int8"
 
 @dataclass(frozen=True)
 class Effort:
-    """How many steps one measurement takes: first those left out, then those that count.
-
-    Attributes:
-        warm_up: steps left out.
-        steps: steps of which the median counts.
-        slow: whether one run takes so long that it is the only one.
-    """
+    """How many steps one measurement takes: first those left out, then those that count."""
 
     warm_up: int
     steps: int
-    slow: bool = False
+
+    @property
+    def slow(self) -> bool:
+        """Whether a step takes so long that a single one is measured, once."""
+        return self.steps == 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Setting:
 def effort(rate_bit_s: float, dense: bool, quick: bool) -> Effort:
     """Steps to spend at a rate; a dense step moves 237 MB, which at 10 Mbit/s takes minutes."""
     if dense and rate_bit_s < 50e6:
-        return Effort(1, 1, slow=True)
+        return Effort(1, 1)
     if dense and rate_bit_s < 500e6:
         return Effort(1, 2 if quick else 4)
     # The edge makes its plan from what the first steps took.
@@ -156,7 +154,7 @@ def step_floor(run: ProductRun, cost: dict[str, Any], link: LinkCost) -> Floor:
 
 def measure_gloo(link: Link, schedule: str, setting: Setting, spent: Effort) -> dict[str, Any]:
     """Median step of the plain gloo version on this link."""
-    warm_up = 0 if spent.steps == 1 else spent.warm_up
+    warm_up = 0 if spent.slow else spent.warm_up
     shared = [sys.executable, "-m", "benchmarks.gloo_split"]
     settings = ["--host", link.server_host, "--schedule", schedule, "--image-size", str(setting.image_size)]
     settings += ["--warm-up", str(warm_up), "--steps", str(spent.steps)]

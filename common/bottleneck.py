@@ -6,8 +6,9 @@ They are part of the model: trained with it, saved with it under ``bottleneck.``
 sides from the seed. A kind of bottleneck is one entry of `KINDS`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from common.conv_bottleneck import (
     parse_pairs,
     start_from_maps,
 )
-from common.decay_bottleneck import build_decay, parse_decay, start_rotated
+from common.decay_bottleneck import DecayOptions, build_decay, parse_decay, start_rotated
 from common.errors import UserError
 from common.linear_bottleneck import (
+    LinearOptions,
     build_linear,
     choose_width,
     described,
@@ -64,6 +66,9 @@ class BottleneckSpec:
     args: str = ""
 
 
+Build: TypeAlias = Callable[[BottleneckSpec, int, TensorInfo, torch.Generator], Coders]
+
+
 def _check_conv(spec: BottleneckSpec) -> None:
     if spec.kind == "conv2" and spec.args:
         raise UserError(
@@ -79,19 +84,11 @@ def _build_conv(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: tor
     return Coders(encoder=encoder, decoder=decoder, crossing=crossing)
 
 
-def _start_conv(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, maps: Tensor) -> None:
-    start_from_maps(encoder, decoder, maps)
-
-
 def _build_linear(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: torch.Generator) -> Coders:
     width = choose_width(parse_linear(spec.args), cut, info.shape)
     encoder, decoder = build_linear(info.shape[-1], width)
     crossing = replace(info, shape=(*info.shape[:-1], width), requires_grad=True)
     return Coders(encoder=encoder, decoder=decoder, crossing=crossing)
-
-
-def _start_linear(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
-    start_from_tokens(encoder, decoder, (tokens,))
 
 
 def _build_decay(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: torch.Generator) -> Coders:
@@ -101,10 +98,6 @@ def _build_decay(spec: BottleneckSpec, cut: int, info: TensorInfo, generator: to
     if options.sequence.rate < 1:
         crossing = replace(crossing, token_dims=())  # a matrix has one length of sequences
     return Coders(encoder=encoder, decoder=decoder, crossing=crossing, shape_after=shape_after)
-
-
-def _start_decay(spec: BottleneckSpec, encoder: nn.Module, decoder: nn.Module, tokens: Tensor) -> None:
-    start_rotated(encoder, decoder, (tokens,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +116,25 @@ class Kind:
     check: Callable[[BottleneckSpec], object]
     dims: tuple[int, ...]
     needs: str
-    build: Callable[[BottleneckSpec, int, TensorInfo, torch.Generator], Coders]
+    build: Build
     from_samples: Callable[[BottleneckSpec], bool]
-    start: Callable[[BottleneckSpec, nn.Module, nn.Module, Tensor], None]
+    start: Callable[[nn.Module, nn.Module, Tensor], None]
+
+
+def _of_tokens(
+    parse: Callable[[str], LinearOptions | DecayOptions],
+    build: Build,
+    start: Callable[[nn.Module, nn.Module, Iterable[Tensor]], None],
+) -> Kind:
+    """A kind for transformers, which starts from the principal axes of tokens or as the identity."""
+    return Kind(
+        check=lambda spec: parse(spec.args),
+        dims=(3, 2),
+        needs="tokens [B,S,H] or features [B,H]",
+        build=build,
+        from_samples=lambda spec: parse(spec.args).start == "pca",
+        start=lambda encoder, decoder, tokens: start(encoder, decoder, (tokens,)),
+    )
 
 
 _CONV = Kind(
@@ -134,28 +143,13 @@ _CONV = Kind(
     needs="a map [B,C,H,W]",
     build=_build_conv,
     from_samples=lambda spec: True,
-    start=_start_conv,
+    start=start_from_maps,
 )
-_TOKENS = "tokens [B,S,H] or features [B,H]"
 KINDS = {
     "conv": _CONV,
     "conv2": _CONV,
-    "linear": Kind(
-        check=lambda spec: parse_linear(spec.args),
-        dims=(3, 2),
-        needs=_TOKENS,
-        build=_build_linear,
-        from_samples=lambda spec: parse_linear(spec.args).start == "pca",
-        start=_start_linear,
-    ),
-    "decay": Kind(
-        check=lambda spec: parse_decay(spec.args),
-        dims=(3, 2),
-        needs=_TOKENS,
-        build=_build_decay,
-        from_samples=lambda spec: parse_decay(spec.args).start == "pca",
-        start=_start_decay,
-    ),
+    "linear": _of_tokens(parse_linear, _build_linear, start_from_tokens),
+    "decay": _of_tokens(parse_decay, _build_decay, start_rotated),
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.bottleneck import KINDS, parse_bottleneck
+from common.bottleneck import KINDS, Kind, parse_bottleneck
 from common.fitting import copy_to_record, without_padding
 from common.partition import Split
 from common.stage import seeded
@@ -13,8 +13,16 @@ from common.stage import seeded
 
 def starts_from_samples(text: str) -> bool:
     """Say whether a bottleneck starts from what crosses its cut; False for an empty specification."""
-    spec = parse_bottleneck(text) if text else None
-    return spec is not None and KINDS[spec.kind].from_samples(spec)
+    return _starting(text) is not None
+
+
+def _starting(text: str) -> Kind | None:
+    """The kind of a bottleneck that starts from what crosses its cut; None for any other."""
+    if not text:
+        return None
+    spec = parse_bottleneck(text)
+    kind = KINDS[spec.kind]
+    return kind if kind.from_samples(spec) else None
 
 
 @torch.no_grad()
@@ -28,21 +36,23 @@ def start_from_samples(split: Split, specs: Sequence[str], inputs: Sequence[Tens
         seed: of dropout on the way, in models that normalize by the batch.
     """
     tensors: tuple[Tensor, ...] = tuple(inputs)
+    kinds = [_starting(text) for text in specs]
     with seeded(seed, torch.device("cpu")):
-        for text, before, after, infos in zip(
-            specs,
+        for number, before, after, infos in zip(
+            (0, 1),
             (split.front, split.middle),
             (split.middle, split.back),
             (split.cut1, split.cut2),
             strict=True,
         ):
+            if not any(kinds[number:]):
+                return  # nothing here, and nothing behind
+            kind = kinds[number]
             outputs = copy_to_record(before).run_bare(*tensors)
             crossed = list(outputs[: len(infos)])
             for position, path in before.encoders.items():
                 encoder, decoder = before.get_submodule(path), after.get_submodule(after.decoders[position])
-                if starts_from_samples(text):
-                    spec = parse_bottleneck(text)
-                    tokens = without_padding(outputs[position], encoder, inputs)
-                    KINDS[spec.kind].start(spec, encoder, decoder, tokens)
+                if kind is not None:
+                    kind.start(encoder, decoder, without_padding(outputs[position], encoder, inputs))
                 crossed[position] = decoder(encoder(outputs[position]))
             tensors = tuple(crossed)

@@ -194,11 +194,11 @@ def test_narrowing_is_the_same_as_dropping_the_last_of_what_crosses(text):
 @pytest.mark.parametrize("text", [HIDDEN, SEQUENCE, "decay:rate=0.8,rate2=0.5,steps=2,iterations=1"])
 def test_turned_onto_principal_axes_it_passes_all_on_and_loses_least_when_it_narrows(text):
     """Of tokens whose spread lies in few directions, all the others go first."""
-    spec = parse_bottleneck(f"{text},start=pca")
+    assert KINDS["decay"].from_samples(parse_bottleneck(f"{text},start=pca"))
     tokens = drawn(400, 10, 2) @ drawn(2, 20, seed=1) + (drawn(20, seed=2) if text is HIDDEN else 0)
     tokens = torch.einsum("bsh,st->bth", tokens[:, :2], drawn(2, 10, seed=3))
     turned, plain = pair_of(f"{text},start=pca"), pair_of(text)
-    KINDS["decay"].start(spec, turned.encoder, turned.decoder, tokens)
+    KINDS["decay"].start(turned.encoder, turned.decoder, tokens)
     with torch.no_grad():
         assert not torch.allclose(turned.encoder(tokens), tokens, atol=0.1)
         torch.testing.assert_close(turned.decoder(turned.encoder(tokens)), tokens, atol=1e-3, rtol=1e-3)

@@ -207,7 +207,7 @@ def test_the_identity_stays_where_it_is_asked_for():
 def test_what_crosses_is_centred_and_the_mean_comes_back():
     pair = build_pair(1, TOKENS, parse_bottleneck("linear:4"), seed=0)
     tokens = spread(200)
-    KINDS["linear"].start(parse_bottleneck("linear:4"), pair.encoder, pair.decoder, tokens)
+    KINDS["linear"].start(pair.encoder, pair.decoder, tokens)
     with torch.no_grad():
         narrow = pair.encoder(tokens)
         assert narrow.mean((0, 1)).abs().max() < 1e-5

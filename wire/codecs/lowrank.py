@@ -136,9 +136,8 @@ class LowRank(Codec):
             return torch.zeros((), dtype=torch.float64)
         values = matrices.view(x).double()
         sizes = torch.linalg.vector_norm(values, dim=2 if matrices.tall else 1, keepdim=True)
-        if (
-            matrices.count == 1
-        ):  # perhaps the tokens of several texts, whose matrices may be wide where all are not
+        if matrices.count == 1:
+            # Perhaps the tokens of several texts, each of whose matrices may be wide where that of all is not.
             sizes = torch.maximum(sizes, torch.linalg.vector_norm(values, dim=1, keepdim=True))
         info = torch.finfo(x.dtype)
         # Both factors and the product are rounded; below a dtype's normal range by fixed amounts.

@@ -38,15 +38,14 @@ class Matrices:
     def of(cls, whole: TensorType, facts: Facts = NOTHING_KNOWN) -> Matrices | None:
         """The matrices of a tensor of this type; None where it has none."""
         if len(whole.shape) == 3:
-            kept = facts.kept
-            if kept is None:
-                return cls(*whole.shape, "columns")
-            if whole.shape[:2] == tuple(kept.shape):
-                return cls(*whole.shape, "columns", kept=kept)
-            if whole.shape[:2] == (1, sum(facts.lengths)):
-                lengths = facts.lengths
-                return cls(len(lengths), max(lengths, default=0), whole.shape[2], "columns", lengths=lengths)
-            return cls(*whole.shape, "columns")
+            count, rows, columns = whole.shape
+            kept, lengths = facts.kept, None
+            if kept is not None and tuple(kept.shape) != (count, rows):
+                kept = None
+                if (count, rows) == (1, sum(facts.lengths)):
+                    lengths = facts.lengths
+                    count, rows = len(lengths), max(lengths, default=0)
+            return cls(count, rows, columns, "columns", lengths=lengths, kept=kept)
         if len(whole.shape) == 4:
             count, channels, height, width = whole.shape
             if whole.order == "NHWC":
@@ -85,6 +84,5 @@ class Matrices:
 
     def _places(self, device: torch.device) -> Tensor:
         """Where the rows that are in memory stand among all."""
-        lengths = torch.tensor(self.lengths)
-        skipped = torch.arange(self.count) * self.rows - (lengths.cumsum(0) - lengths)
-        return (torch.arange(int(lengths.sum())) + skipped.repeat_interleave(lengths)).to(device)
+        present = torch.arange(self.rows) < torch.tensor(self.lengths)[:, None]
+        return present.view(-1).nonzero().view(-1).to(device)
