@@ -53,6 +53,11 @@ BENCHMARKS = (
         "A training step of MobileNetV2 in plain torch, with and without what both commands set up by themselves.",
     ),
     Benchmark(
+        "schedule_order",
+        "Order of the schedule",
+        "Simulated: what goes first where more than one action is ready, this schedule against PipeDream's rule.",
+    ),
+    Benchmark(
         "step_time",
         "Step time against the floor and against gloo",
         "Two network namespaces joined by a shaped link; `benchmarks/step_time.py` defines the floor.",

@@ -10,22 +10,24 @@ A step has five actions a chunk. Read down for the way of one chunk:
 
 Four chunks at depth 4, when every action takes one tick and the link none (`..` is an idle tick):
 
-    edge   0F0 0F1 2T0 2T1 0B0 0B1 0F2 0F3 2T2 2T3 0B2 0B3
-    cloud  ..  1F0 1F1 1B0 1B1 ..  ..  1F2 1F3 1B2 1B3
+    edge   0F0 0F1 2T0 2T1 0F2 0F3 2T2 2T3 0B0 0B1 0B2 0B3
+    cloud  ..  1F0 1F1 1B0 1B1 1F2 1F3 1B2 1B3
 
 With a link that takes a tick each way, depth 2 leaves the edge waiting, depth 4 does not:
 
-    edge   0F0 0F1 ..  ..  2T0 2T1 ..  ..  0B0 0B1 0F2 0F3 ..  ..  2T2 2T3 ..  ..  0B2 0B3
-    cloud  ..  ..  1F0 1F1 ..  ..  1B0 1B1 ..  ..  ..  ..  1F2 1F3 ..  ..  1B2 1B3
+    edge   0F0 0F1 ..  ..  2T0 2T1 ..  ..  0B0 0F2 0B1 0F3 ..  2T2 ..  2T3 ..  0B2 ..  0B3
+    cloud  ..  ..  1F0 1F1 ..  ..  1B0 1B1 ..  ..  ..  1F2 ..  1F3 ..  1B2 ..  1B3
 
     edge   0F0 0F1 0F2 0F3 2T0 2T1 2T2 2T3 0B0 0B1 0B2 0B3
     cloud  ..  ..  1F0 1F1 1F2 1F3 1B0 1B1 1B2 1B3
 
 Two rules:
 
-1. A ready backward goes before a forward: on the edge 0B, then 2T, then 0F; on the cloud 1B, then 1F. So
-   memory is freed before more is taken (one forward, one backward: PipeDream,
-   https://arxiv.org/abs/1806.03377).
+1. Of what is ready, that goes first which others wait for: on the cloud 1F, then 1B; on the edge 2T, without which
+   neither side gets to a backward, then 0F, and last 0B, which only the step's end waits for. Memory needs no other
+   order, for the depth bounds it. The usual rule, that a ready backward goes before a forward (one forward, one
+   backward: PipeDream, https://arxiv.org/abs/1806.03377), is slower at the same depth, most where the edge is what
+   everything waits for; `benchmarks/schedule_order.py` says by how much.
 2. Each kind of action runs strictly in chunk order, whatever order messages come in. So BatchNorm statistics
    and gradient sums meet their terms in the order of a plain loop over the chunks, and equal it bitwise.
 
@@ -106,18 +108,22 @@ class _Side:
 
     Attributes:
         kinds: its kinds of action, the most urgent first.
+        first: the kind that begins a chunk here.
+        last: the kind that ends it.
         after: for each kind that needs a message, this side's own kind that the message answers, or None
             where it answers nothing this side did.
     """
 
     kinds: tuple[str, ...]
+    first: str
+    last: str
     after: Mapping[str, str | None]
 
 
-_EDGE: Final = _Side(kinds=("0B", "2T", "0F"), after={"2T": "0F", "0B": "2T"})
-_EDGE_EVALUATION: Final = _Side(kinds=("2F", "0F"), after={"2F": "0F"})
-_CLOUD: Final = _Side(kinds=("1B", "1F"), after={"1F": None, "1B": "1F"})
-_CLOUD_EVALUATION: Final = _Side(kinds=("1F",), after={"1F": None})
+_EDGE: Final = _Side(kinds=("2T", "0F", "0B"), first="0F", last="0B", after={"2T": "0F", "0B": "2T"})
+_EDGE_EVALUATION: Final = _Side(kinds=("2F", "0F"), first="0F", last="2F", after={"2F": "0F"})
+_CLOUD: Final = _Side(kinds=("1F", "1B"), first="1F", last="1B", after={"1F": None, "1B": "1F"})
+_CLOUD_EVALUATION: Final = _Side(kinds=("1F",), first="1F", last="1F", after={"1F": None})
 
 
 def edge_schedule(chunks: int, depth: int, *, evaluate: bool = False) -> Schedule:
@@ -169,7 +175,7 @@ def _schedule(side: _Side, chunks: int, depth: int) -> Schedule:
 def _run(side: _Side, chunks: int, depth: int) -> Schedule:
     done = dict.fromkeys(side.kinds, 0)  # kinds run in chunk order, so a count says which chunks
     arrived: dict[str, set[int]] = {kind: set() for kind in side.after}
-    first, last = side.kinds[-1], side.kinds[0]
+    first, last = side.first, side.last
 
     def ready(kind: str) -> bool:
         chunk = done[kind]

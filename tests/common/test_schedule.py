@@ -43,15 +43,15 @@ def grid(chunks: int, depth: int, *, delay: int = 0, evaluate: bool = False) -> 
 
 def test_four_chunks_in_flight_over_a_link_without_delay() -> None:
     assert grid(4, 4) == [
-        "0F0 0F1 2T0 2T1 0B0 0B1 0F2 0F3 2T2 2T3 0B2 0B3",
-        "..  1F0 1F1 1B0 1B1 ..  ..  1F2 1F3 1B2 1B3",
+        "0F0 0F1 2T0 2T1 0F2 0F3 2T2 2T3 0B0 0B1 0B2 0B3",
+        "..  1F0 1F1 1B0 1B1 1F2 1F3 1B2 1B3",
     ]
 
 
 def test_depth_two_leaves_the_edge_waiting_for_a_slow_link() -> None:
     assert grid(4, 2, delay=1) == [
-        "0F0 0F1 ..  ..  2T0 2T1 ..  ..  0B0 0B1 0F2 0F3 ..  ..  2T2 2T3 ..  ..  0B2 0B3",
-        "..  ..  1F0 1F1 ..  ..  1B0 1B1 ..  ..  ..  ..  1F2 1F3 ..  ..  1B2 1B3",
+        "0F0 0F1 ..  ..  2T0 2T1 ..  ..  0B0 0F2 0B1 0F3 ..  2T2 ..  2T3 ..  0B2 ..  0B3",
+        "..  ..  1F0 1F1 ..  ..  1B0 1B1 ..  ..  ..  1F2 ..  1F3 ..  1B2 ..  1B3",
     ]
 
 
@@ -76,20 +76,27 @@ def test_evaluation_goes_forward_only() -> None:
     ]
 
 
-def test_a_ready_backward_goes_before_a_forward_on_the_edge() -> None:
+def test_a_turn_goes_first_and_a_front_backward_last_on_the_edge() -> None:
     schedule = edge_schedule(4, 3)
     assert [str(next(schedule)), str(schedule.send([]))] == ["0F0", "0F1"]
     assert str(schedule.send([Action.parse("2T0"), Action.parse("2T1")])) == "2T0"
-    assert str(schedule.send([Action.parse("0B0")])) == "0B0"
-    assert [str(schedule.send([])), str(schedule.send([]))] == ["2T1", "0F2"]
+    assert str(schedule.send([Action.parse("0B0")])) == "2T1"
+    assert [str(schedule.send([])), str(schedule.send([]))] == ["0F2", "0B0"]
 
 
-def test_a_ready_backward_goes_before_a_forward_on_the_cloud() -> None:
+def test_a_front_backward_goes_first_where_no_more_chunks_may_be_in_flight() -> None:
+    schedule = edge_schedule(3, 1)
+    assert str(next(schedule)) == "0F0"
+    assert str(schedule.send([Action.parse("2T0")])) == "2T0"
+    assert [str(schedule.send([Action.parse("0B0")])), str(schedule.send([]))] == ["0B0", "0F1"]
+
+
+def test_a_forward_goes_before_a_backward_on_the_cloud() -> None:
     schedule = cloud_schedule(3)
     assert next(schedule) is WAIT
     assert str(schedule.send([Action.parse("1F0"), Action.parse("1F1")])) == "1F0"
-    assert str(schedule.send([Action.parse("1B0")])) == "1B0"
-    assert str(schedule.send([])) == "1F1"
+    assert str(schedule.send([Action.parse("1B0")])) == "1F1"
+    assert str(schedule.send([])) == "1B0"
 
 
 def test_messages_that_come_out_of_order_are_computed_in_order() -> None:

@@ -88,9 +88,9 @@ def test_unit_actions_over_a_free_link_take_the_grid_s_twelve_ticks() -> None:
     timeline = simulate(StepModel.even(UNIT, 4, FAST), 4)
     assert timeline.makespan_s == 12
     computed = " ".join(str(span.action) for span in timeline.lane("edge compute"))
-    assert computed == "0F0 0F1 2T0 2T1 0B0 0B1 0F2 0F3 2T2 2T3 0B2 0B3"
+    assert computed == "0F0 0F1 2T0 2T1 0F2 0F3 2T2 2T3 0B0 0B1 0B2 0B3"
     assert timeline.idle_s("edge compute") == 0
-    assert timeline.bubbles_s("cloud compute") == 2
+    assert timeline.bubbles_s("cloud compute") == 0
 
 
 def test_one_chunk_takes_its_whole_way_and_the_floor_says_so() -> None:
