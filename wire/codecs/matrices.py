@@ -23,6 +23,7 @@ class Matrices:
         rows: of each.
         columns: of each.
         features: which of the two sides the features are on, "rows" or "columns".
+        of_map: whether they are maps, whose positions all count.
         lengths: how many rows of each are in memory, one matrix after the other; None where all are.
         kept: bool ``[count, rows]``: which rows count, the others being zeros; None where all do.
     """
@@ -31,6 +32,7 @@ class Matrices:
     rows: int
     columns: int
     features: Literal["rows", "columns"]
+    of_map: bool = False
     lengths: tuple[int, ...] | None = None
     kept: Tensor | None = None
 
@@ -49,8 +51,8 @@ class Matrices:
         if len(whole.shape) == 4:
             count, channels, height, width = whole.shape
             if whole.order == "NHWC":
-                return cls(count, height * width, channels, "columns")
-            return cls(count, channels, height * width, "rows")
+                return cls(count, height * width, channels, "columns", of_map=True)
+            return cls(count, channels, height * width, "rows", of_map=True)
         return None
 
     @property
@@ -62,6 +64,11 @@ class Matrices:
     def features_are_long(self) -> bool:
         """Whether the features are on the longer side."""
         return self.tall == (self.features == "rows")
+
+    @property
+    def feature_count(self) -> int:
+        """How many features there are: channels, or the hidden size."""
+        return self.rows if self.features == "rows" else self.columns
 
     @property
     def smaller_side(self) -> int:
@@ -86,3 +93,33 @@ class Matrices:
         """Where the rows that are in memory stand among all."""
         present = torch.arange(self.rows) < torch.tensor(self.lengths)[:, None]
         return present.view(-1).nonzero().view(-1).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Centred:
+    """Matrices `[count, long, short]` less their features' means, which are subtracted from products only.
+
+    Attributes:
+        values: the matrices with their means.
+        means: `[count, long]` or `[count, short]`, of the features; None for nothing to subtract.
+        features_are_long: which of the two.
+    """
+
+    values: Tensor
+    means: Tensor | None
+    features_are_long: bool
+
+    def on_long(self, v: Tensor) -> Tensor:
+        """The product of `[count, R, long]` with them, `[count, R, short]`."""
+        return self._centre(torch.bmm(v, self.values), v, features=self.features_are_long)
+
+    def on_short(self, u: Tensor) -> Tensor:
+        """The product of `[count, R, short]` with their transposes, `[count, R, long]`."""
+        return self._centre(torch.bmm(u, self.values.transpose(1, 2)), u, features=not self.features_are_long)
+
+    def _centre(self, product: Tensor, factor: Tensor, *, features: bool) -> Tensor:
+        if self.means is None:
+            return product
+        if features:
+            return product.sub_(torch.bmm(factor, self.means[..., None]))
+        return product.sub_(factor.sum(-1, keepdim=True) * self.means[:, None])

@@ -347,3 +347,63 @@ def test_matrices_are_the_memory_itself():
     assert matrices is not None
     assert (matrices.rows, matrices.columns, matrices.features) == (20, 3, "columns")
     assert matrices.view(x).data_ptr() == x.data_ptr()
+
+
+def maps_off_centre(seed=0, shape=(3, 8, 40, 40)):
+    """Large maps whose channels have means of their own in each sample, as those after an activation function do."""
+    means = torch.randn(*shape[:2], 1, 1, generator=generator(seed + 9))
+    return spread(shape, seed) / spread(shape, seed).std() + 3 * means
+
+
+@pytest.mark.parametrize("order", [torch.clone, channels_last])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_means_of_large_maps_take_no_rank(order, rank):
+    coder, x = codec(rank), maps_off_centre()
+    for step in range(8):
+        x = x + 0.02 * torch.randn(x.shape, generator=generator(step))
+        y = approximation(coder, order(x))
+    centred = x - x.mean((2, 3), keepdim=True)
+    assert y.stride() == order(x).stride()
+    assert torch.all(error(y, x) <= 1.05 * best_error(centred, rank))
+    assert torch.all(error(y, x) <= 0.95 * best_error(x, rank))
+
+
+@pytest.mark.parametrize(("order", "long_first"), [(torch.clone, False), (channels_last, True)])
+def test_large_maps_have_a_part_for_their_means(order, long_first):
+    x = maps_off_centre()
+    *factors, means = encode(codec(2), order(x))
+    shapes = [(3, 2, 8), (3, 2, 1600)]
+    assert [tuple(factor.shape) for factor in factors] == (shapes[::-1] if long_first else shapes)
+    torch.testing.assert_close(means, x.mean((2, 3))[:, None])
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "parts"),
+    [((2, 8, 40, 20), 1, 3), ((2, 8, 40, 19), 1, 2), ((2, 8, 1600), 2, 2), ((2, 1600, 8), 2, 2)],
+)
+def test_means_go_apart_where_they_are_a_hundredth_of_a_map_s_factors(shape, rank, parts):
+    assert len(encode(codec(rank), torch.randn(shape, generator=generator()))) == parts
+
+
+@pytest.mark.parametrize("order", [torch.clone, channels_last])
+def test_a_large_map_of_that_rank_comes_back_means_and_all(order):
+    left, right = (torch.randn(shape, generator=generator(1)) for shape in ((2, 6, 3), (2, 3, 900)))
+    x = order((left @ right).reshape(2, 6, 30, 30))
+    assert len(encode(codec(3), x)) == 3
+    torch.testing.assert_close(approximation(codec(3), x), x, rtol=0, atol=2e-5 * x.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("order", [torch.clone, channels_last])
+def test_large_maps_off_centre_are_within_their_bound(dtype, order):
+    coder, x = codec(2), order(maps_off_centre()).to(dtype)
+    y = approximation(coder, x)
+    assert torch.all((y.double() - x.double()).abs() <= coder.error_bound(x).reshape(x.shape))
+
+
+def test_means_beyond_the_dtype_leave_large_maps_alone():
+    x = torch.full((1, 4, 30, 30), torch.finfo(torch.float32).max)
+    assert codec(2).encode(x, CALL) is None
+    x[0, 1, 2, 3] = float("nan")
+    with pytest.raises(NonFiniteTensor):
+        codec(2).encode(x, CALL)
