@@ -12,7 +12,7 @@ from benchmarks import published
 from benchmarks.links import shaped_link
 from benchmarks.mobilenet_split import MALLOC_HELP
 from benchmarks.product import clean_environment, run_json, run_product
-from benchmarks.published import IMAGE_BASELINE, TEXT_BASELINE, Row
+from benchmarks.published import IMAGE_BASELINE, TEXT_BASELINE
 from benchmarks.reproduce import (
     NONE,
     TABLES,
@@ -121,24 +121,12 @@ def plot(options: argparse.Namespace) -> bool:
     setting = "full" if options.full else "cpu"
     records = [r for r in read_records() if r.setting.partition("-")[0] == setting]
     plain = {(r.setting, r.table, r.seed): r.accuracy for r in records if r.row == NONE.label}
-    kinds: Sequence[tuple[str, str, set[str], float, tuple[Row, ...]]] = (
-        (
-            "images",
-            "CIFAR-10, MobileNetV2",
-            _tables("image"),
-            IMAGE_BASELINE,
-            (*published.CONV, *published.INT8, *published.LOWRANK_IMAGE),
-        ),
-        (
-            "text",
-            "CoLA",
-            _tables("text"),
-            TEXT_BASELINE,
-            (*published.DECAY, *published.LOWRANK_TEXT),
-        ),
+    kinds = (
+        ("images", "CIFAR-10, MobileNetV2", "image", IMAGE_BASELINE, ("conv", "int8", "lowrank-image")),
+        ("text", "CoLA", "text", TEXT_BASELINE, ("decay", "lowrank")),
     )
-    for name, title, tables, baseline, rows in kinds:
-        mine = [r for r in records if r.table in tables]
+    for name, title, kind, baseline, published_tables in kinds:
+        mine = [r for r in records if r.table in _tables(kind, setting)]
         if not mine:
             print(f"{name}: nothing was measured yet")
             continue
@@ -146,9 +134,16 @@ def plot(options: argparse.Namespace) -> bool:
         for table, of in sorted({(r.table, r.setting) for r in mine}):
             points = list(_means([r for r in mine if (r.table, r.setting) == (table, of)], plain))
             axes.plot(*zip(*points, strict=True), "o", label=f"here: {table}{longer_schedule(of)}")
-        # A published rate is of the same dense bytes; accuracies are drawn as differences from no compression.
-        dense = max(r.bytes_per_sample for r in mine)
-        theirs = [(row.rate * dense, row.accuracy - baseline) for row in rows if row.rate and row.accuracy]
+        # A published rate is drawn of the dense bytes of its table here, whose images or sentences have another size;
+        # accuracies are differences from no compression.
+        dense = {r.table: r.bytes_per_sample for r in mine if r.row == NONE.label}
+        theirs = [
+            (row.rate * dense[base], row.accuracy - baseline)
+            for table in published_tables
+            if (base := recorded_as(table, NONE, setting)) in dense
+            for row in TABLES[table][1]
+            if row.rate and row.accuracy
+        ]
         axes.plot(*zip(*theirs, strict=True), "x", color="black", label="published")
         axes.axhline(0, color="grey", linewidth=0.5)
         axes.set_xscale("log")
@@ -176,10 +171,10 @@ def _means(
 
 def _baseline(record: Record) -> str:
     """The table that holds the uncompressed run to compare with: its own, where it is one."""
-    return record.table if record.row == NONE.label else recorded_as(record.table, NONE)
+    return record.table if record.row == NONE.label else recorded_as(record.table, NONE, record.setting)
 
 
-def _tables(kind: str) -> set[str]:
+def _tables(kind: str, setting: str) -> set[str]:
     """The tables of a kind, those of their uncompressed runs included."""
     names = {name for name, (of, _) in TABLES.items() if of == kind}
-    return names | {recorded_as(name, NONE) for name in names}
+    return names | {recorded_as(name, NONE, setting) for name in names}

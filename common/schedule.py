@@ -24,10 +24,10 @@ With a link that takes a tick each way, depth 2 leaves the edge waiting, depth 4
 Two rules:
 
 1. Of what is ready, that goes first which others wait for: on the cloud 1F, then 1B; on the edge 2T, without which
-   neither side gets to a backward, then 0F, and last 0B, which only the step's end waits for. Memory needs no other
-   order, for the depth bounds it. The usual rule, that a ready backward goes before a forward (one forward, one
-   backward: PipeDream, https://arxiv.org/abs/1806.03377), is slower at the same depth, most where the edge is what
-   everything waits for; `benchmarks/schedule_order.py` says by how much.
+   neither side gets to a backward, then 0F, and last 0B, which only the step's end waits for. Memory is bounded by the
+   depth, which this order makes use of. The usual rule, that a ready backward goes before a forward (one forward, one
+   backward: PipeDream, https://arxiv.org/abs/1806.03377), keeps fewer chunks in flight at times, and on average is
+   slower at the same depth, most where the edge is what everything waits for: `benchmarks/schedule_order.py`.
 2. Each kind of action runs strictly in chunk order, whatever order messages come in. So BatchNorm statistics
    and gradient sums meet their terms in the order of a plain loop over the chunks, and equal it bitwise.
 
@@ -68,7 +68,7 @@ class Action(NamedTuple):
 
     @property
     def backward(self) -> bool:
-        """Whether what this action sends is a gradient, which goes before activations on the link."""
+        """Whether what this action sends is a gradient; `wire.outbox` orders them and activations on the link."""
         return self.what != "F"
 
     def __str__(self) -> str:

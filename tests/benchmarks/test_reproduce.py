@@ -1,15 +1,20 @@
 """The published tables as data, and what is made of measured rows."""
 
+import zipfile
+
 import pytest
 
 from benchmarks import published, reproduce
 from benchmarks.published import Row
 from benchmarks.reproduce import (
     NONE,
+    TABLES,
     Record,
     Setting,
+    image_setting,
     keep,
     read_records,
+    recorded_as,
     table_text,
     with_ranks,
 )
@@ -117,3 +122,33 @@ def test_a_longer_schedule_is_refused_for_images(capsys):
     with pytest.raises(SystemExit):
         reproduce.main(["conv", "--steps", "600"])
     assert "--steps is for tables on CoLA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("table", "setting", "kept"),
+    [
+        ("lowrank-image", "cpu", "lowrank-image"),
+        ("lowrank-image", "full", "image"),
+        ("conv", "cpu", "image"),
+        ("decay", "cpu-300", "text"),
+        ("text-chains", "full", "text-chains"),
+    ],
+)
+def test_uncompressed_runs_are_shared_where_the_setting_is_the_same(table, setting, kept):
+    assert recorded_as(table, NONE, setting) == kept
+    assert recorded_as(table, TABLES[table][1][0], setting) == table
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "size", "steps"),
+    [("conv", "cpu", 48, None), ("lowrank-image", "cpu", 96, 200), ("lowrank-image", "quick", 96, 10)],
+)
+def test_power_iteration_on_images_has_a_setting_of_its_own(tmp_path, table, name, size, steps):
+    data, start = tmp_path / "cifar10", tmp_path / "start.safetensors"
+    data.mkdir()
+    for part in ("train.zip", "test.zip"):
+        zipfile.ZipFile(data / part, "w").close()
+    start.touch()
+    setting = image_setting(table, name, tmp_path, tmp_path, start)
+    assert (setting.fields["image_size"], setting.fields.get("steps")) == (size, steps)
+    assert f"{size} px" in setting.caption

@@ -90,6 +90,13 @@ def test_there_is_a_frame_of_every_codec() -> None:
     described = set().union(*(codecs_of(golden["message"]["tensors"]) for golden in WITH_TENSORS.values()))
     assert described == {*codec_names(), *always_on()}
     assert {"none", "int8+lz4", "int4:group=16", "int4:hadamard", "lowrank:2"} < chains
+    factors = {
+        len(desc["parts"])
+        for golden in WITH_TENSORS.values()
+        for desc in golden["message"]["tensors"]
+        if desc.get("codec") == "lowrank"
+    }
+    assert factors == {2, 3}  # with and without the means of maps
 
 
 def decoded(decoder: StreamDecoder, golden: dict[str, Any]) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ What is remembered lies on the side of the features (channels, or the hidden siz
 every sample; where it is U, the first line is ``V = U Mᵀ``.
 
 Of large maps each channel's mean goes apart, where that is at most a hundredth of the factors, and the factors are
-those of what is left. The error is then never above that of the best factors of the whole, and often far below: most
-maps are not centred on zero, and a rank would go to their means. Nothing centred is laid out, for
+those of what is left. The best of those leave no larger error than the best of the whole, and often a far smaller one:
+most maps are not centred on zero, and a rank would go to their means. Nothing centred is laid out, for
 ``V (M - 1 meanᵀ) = V M - (V 1) meanᵀ``.
 
 Where a mask tells the tokens of a text from its padding, padding counts as zeros, for no rank is to be spent on what
@@ -104,7 +104,7 @@ class LowRank(Codec):
         m = matrices.view(x).float()
         m = m if matrices.tall else m.transpose(1, 2)
         means = None
-        if self._means_apart(matrices):
+        if means_apart(matrices, self.rank):
             # As they will arrive, so that the factors make up for their rounding.
             means = m.mean(2 if matrices.features_are_long else 1).to(x.dtype)
         centred = Centred(m, None if means is None else means.float(), matrices.features_are_long)
@@ -154,7 +154,7 @@ class LowRank(Codec):
         if matrices is None:
             return torch.zeros((), dtype=torch.float64)
         values = centred = matrices.view(x).double()
-        if self._means_apart(matrices):
+        if means_apart(matrices, self.rank):
             means = centred.mean(2 if matrices.features == "rows" else 1, keepdim=True)
             centred = centred - means.to(x.dtype)
 
@@ -166,7 +166,8 @@ class LowRank(Codec):
 
         info = torch.finfo(x.dtype)
         # Factors, means and the product are rounded; below a dtype's normal range by fixed amounts.
-        rounding = (4 * info.eps + 1e-4) * sizes(values) + 4 * self.rank * info.tiny * info.eps
+        rounding = (4 * info.eps + 1e-4) * torch.maximum(sizes(values), sizes(centred))
+        rounding += 4 * self.rank * info.tiny * info.eps
         return whole.shaped((sizes(centred) + rounding).expand_as(values).reshape(-1))
 
     def misfit(self, whole: TensorType) -> str | None:
@@ -176,7 +177,10 @@ class LowRank(Codec):
             return f"it takes [B,C,H,W] and [B,S,H], not {len(whole.shape)} dimensions"
         if self.rank <= matrices.smaller_side:
             return None
-        most = matrices.rows * matrices.columns // (matrices.rows + matrices.columns)
+        size = matrices.rows * matrices.columns
+        most = (size - (matrices.feature_count if matrices.of_map else 0)) // (
+            matrices.rows + matrices.columns
+        )
         side = f"a sample is a matrix {matrices.rows}x{matrices.columns}"
         return (
             f"{side}; ranks up to {most} make it smaller" if most else f"{side}, which no rank makes smaller"
@@ -207,13 +211,9 @@ class LowRank(Codec):
         size = sum(padded(part.nbytes) for part in self._parts(matrices, whole.dtype))
         return matrices if size < padded(whole.nbytes) else None
 
-    def _means_apart(self, matrices: Matrices) -> bool:
-        factors = self.rank * (matrices.rows + matrices.columns)
-        return matrices.of_map and factors >= _MEANS_SHARE * matrices.feature_count
-
     def _parts(self, matrices: Matrices, dtype: torch.dtype) -> tuple[TensorType, ...]:
         shapes = [(self.rank, matrices.rows), (self.rank, matrices.columns)]
-        if self._means_apart(matrices):
+        if means_apart(matrices, self.rank):
             shapes.append((1, matrices.feature_count))
         return tuple(TensorType(dtype, (matrices.count, *shape)) for shape in shapes)
 
@@ -247,6 +247,12 @@ class LowRank(Codec):
         self._starts[key] = start
         if len(self._starts) > _MOST_STARTS:
             del self._starts[next(iter(self._starts))]
+
+
+def means_apart(matrices: Matrices, rank: int) -> bool:
+    """Whether means cross besides factors of this rank: where they hardly add to them."""
+    factors = rank * (matrices.rows + matrices.columns)
+    return matrices.of_map and factors >= _MEANS_SHARE * matrices.feature_count
 
 
 def peak(x: Tensor) -> float:

@@ -401,7 +401,36 @@ def test_large_maps_off_centre_are_within_their_bound(dtype, order):
     assert torch.all((y.double() - x.double()).abs() <= coder.error_bound(x).reshape(x.shape))
 
 
-def test_means_beyond_the_dtype_leave_large_maps_alone():
+@pytest.mark.parametrize("order", [torch.clone, channels_last])
+def test_means_of_more_channels_than_positions_take_no_rank_either(order):
+    x = maps_off_centre(shape=(1, 200, 14, 14))
+    coder = codec(60)
+    *_, means = encode(coder, order(x))
+    assert means.shape == (1, 1, 200)
+    y = approximation(coder, order(x))
+    assert torch.all(error(y, x) <= 1.05 * best_error(x - x.mean((2, 3), keepdim=True), 60))
+
+
+@pytest.mark.parametrize("quantizer", ["int8", "int4"])
+def test_means_go_through_a_quantizer_with_a_range_of_their_own(quantizer):
+    chain, x = f"lowrank:3+{quantizer}", maps_off_centre()
+    encoded = Encoder(parse_chain(chain), Role.ACTIVATION).encode(x, seed=0)
+    y, _ = Decoder(parse_chain(chain), Role.ACTIVATION).decode(
+        encoded.desc, bytearray(b"".join(encoded.buffers)), device=x.device
+    )
+    assert [part["shape"] for part in encoded.desc["parts"]] == [[3, 3, 8], [3, 3, 1600], [3, 1, 8]]
+    assert torch.all(error(y, x) <= 1.1 * best_error(x, 3))
+
+
+def test_a_rank_that_saves_nothing_for_the_means_is_not_recommended():
+    whole = TensorType.of(torch.zeros(8, 11, 5, 23))
+    assert "ranks up to 9 make it smaller" in codec(12).misfit(whole)
+    x = torch.randn(8, 11, 5, 23, generator=generator())
+    assert codec(10).encode(x, CALL) is None
+    assert codec(9).encode(x, CALL) is not None
+
+
+def test_sums_beyond_the_dtype_leave_large_maps_alone():
     x = torch.full((1, 4, 30, 30), torch.finfo(torch.float32).max)
     assert codec(2).encode(x, CALL) is None
     x[0, 1, 2, 3] = float("nan")
