@@ -117,6 +117,18 @@ class Centred:
         """The product of `[count, R, short]` with their transposes, `[count, R, long]`."""
         return self._centre(torch.bmm(u, self.values.transpose(1, 2)), u, features=not self.features_are_long)
 
+    def gram(self) -> Tensor:
+        """The product of their transposes with them, `[count, short, short]`."""
+        product = torch.bmm(self.values.transpose(1, 2), self.values)
+        if self.means is None:
+            return product
+        if self.features_are_long:
+            product -= product.mean(1, keepdim=True)
+            return product.sub_(product.mean(2, keepdim=True))
+        # Not the means as they will arrive: what is rounded off them, times the means, may outweigh what is left.
+        means = self.values.mean(1)
+        return product.sub_(self.values.shape[1] * means[:, :, None] * means[:, None])
+
     def _centre(self, product: Tensor, factor: Tensor, *, features: bool) -> Tensor:
         if self.means is None:
             return product

@@ -436,3 +436,21 @@ def test_sums_beyond_the_dtype_leave_large_maps_alone():
     x[0, 1, 2, 3] = float("nan")
     with pytest.raises(NonFiniteTensor):
         codec(2).encode(x, CALL)
+
+
+@pytest.mark.parametrize("order", [torch.clone, channels_last])
+@pytest.mark.parametrize("scale", [0.0, 1e-14, 1e18])
+def test_samples_of_other_sizes_beside_one_come_out_as_well(order, scale):
+    # Their squares are beyond what fp32 holds, which must not be all that is looked at.
+    x = spread((3, 24, 12, 12))
+    x[1] *= scale
+    y = approximation(codec(8), order(x))
+    assert torch.all(error(y, x) <= 1.2 * best_error(x, 8))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_noticed_where_matrices_meet_themselves(value):
+    x = spread((2, 16, 12, 12))
+    x[1, 3, 4, 5] = value
+    with pytest.raises(NonFiniteTensor):
+        codec(8).encode(x, CALL)
