@@ -15,11 +15,12 @@ import random
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from common.cost import ChunkCost, Link, Message, StepModel
 from common.floor import floor
-from common.schedule import WAIT, Action, Schedule
+from common.schedule import CLOUD, EDGE, schedule_of
 from common.simulator import simulate
 from common.timeline import Timeline
 from edge.flops import columns
@@ -30,31 +31,10 @@ LEADS = (0, 1, 2)
 DELAYS_S = (0.0, 0.005, 0.02, 0.05)
 
 
-def backward_first(
-    kinds: Sequence[str], waiting: Collection[str], first: str, last: str, depth: int
-) -> Schedule:
-    """A side's schedule, as those of `common.schedule`, that prefers the kinds that are named first."""
-    done = dict.fromkeys(kinds, 0)
-    arrived: dict[str, set[int]] = {kind: set() for kind in waiting}
-
-    def ready(kind: str) -> bool:
-        chunk = done[kind]
-        if chunk == CHUNKS:
-            return False
-        return chunk in arrived[kind] if kind in arrived else done[first] - done[last] < depth
-
-    while done[last] < CHUNKS:
-        kind = next(filter(ready, kinds), None)
-        for arrival in (yield WAIT if kind is None else Action(int(kind[0]), kind[1], done[kind])) or ():
-            arrived[arrival.kind].add(arrival.chunk)
-        if kind is not None:
-            done[kind] += 1
-
-
 def usual(model: StepModel, depth: int, lead: int) -> Timeline:
     """A step in PipeDream's order."""
-    edge = backward_first(("0B", "2T", "0F"), ("2T", "0B"), "0F", "0B", depth)
-    cloud = backward_first(("1B", "1F"), ("1F", "1B"), "1F", "1B", CHUNKS)
+    edge = schedule_of(replace(EDGE, kinds=("0B", "2T", "0F")), CHUNKS, depth)
+    cloud = schedule_of(replace(CLOUD, kinds=("1B", "1F")), CHUNKS, CHUNKS)
     return simulate(model, depth, lead=lead, edge=edge, cloud=cloud)
 
 

@@ -45,7 +45,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple, TypeAlias
 
-__all__ = ["WAIT", "Action", "Schedule", "Wait", "cloud_schedule", "edge_schedule"]
+__all__ = [
+    "CLOUD",
+    "EDGE",
+    "WAIT",
+    "Action",
+    "Schedule",
+    "Side",
+    "Wait",
+    "cloud_schedule",
+    "edge_schedule",
+    "schedule_of",
+]
 
 ACTIONS: Final = ("0F", "1F", "2T", "1B", "0B", "2F")
 """Every kind of action, in the order a chunk meets them; `2F`, back forward, is evaluation's `2T`."""
@@ -103,7 +114,7 @@ Schedule: TypeAlias = Generator[Action | Wait, Iterable[Action] | None, None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Side:
+class Side:
     """One side's part of a step.
 
     Attributes:
@@ -120,10 +131,10 @@ class _Side:
     after: Mapping[str, str | None]
 
 
-_EDGE: Final = _Side(kinds=("2T", "0F", "0B"), first="0F", last="0B", after={"2T": "0F", "0B": "2T"})
-_EDGE_EVALUATION: Final = _Side(kinds=("2F", "0F"), first="0F", last="2F", after={"2F": "0F"})
-_CLOUD: Final = _Side(kinds=("1F", "1B"), first="1F", last="1B", after={"1F": None, "1B": "1F"})
-_CLOUD_EVALUATION: Final = _Side(kinds=("1F",), first="1F", last="1F", after={"1F": None})
+EDGE: Final = Side(kinds=("2T", "0F", "0B"), first="0F", last="0B", after={"2T": "0F", "0B": "2T"})
+_EDGE_EVALUATION: Final = Side(kinds=("2F", "0F"), first="0F", last="2F", after={"2F": "0F"})
+CLOUD: Final = Side(kinds=("1F", "1B"), first="1F", last="1B", after={"1F": None, "1B": "1F"})
+_CLOUD_EVALUATION: Final = Side(kinds=("1F",), first="1F", last="1F", after={"1F": None})
 
 
 def edge_schedule(chunks: int, depth: int, *, evaluate: bool = False) -> Schedule:
@@ -144,7 +155,7 @@ def edge_schedule(chunks: int, depth: int, *, evaluate: bool = False) -> Schedul
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, not {depth}")
-    return _schedule(_EDGE_EVALUATION if evaluate else _EDGE, chunks, depth)
+    return schedule_of(_EDGE_EVALUATION if evaluate else EDGE, chunks, depth)
 
 
 def cloud_schedule(chunks: int, *, evaluate: bool = False) -> Schedule:
@@ -162,20 +173,20 @@ def cloud_schedule(chunks: int, *, evaluate: bool = False) -> Schedule:
     Raises:
         ValueError: if chunks is less than 1.
     """
-    return _schedule(_CLOUD_EVALUATION if evaluate else _CLOUD, chunks, chunks)
+    return schedule_of(_CLOUD_EVALUATION if evaluate else CLOUD, chunks, chunks)
 
 
-def _schedule(side: _Side, chunks: int, depth: int) -> Schedule:
+def schedule_of(side: Side, chunks: int, depth: int) -> Schedule:
+    """Order a side's part of one step: for `edge_schedule`, `cloud_schedule`, and other orders to compare with them."""
     # Not itself a generator, so that bad arguments are refused here and not at the first `next`.
     if chunks < 1:
         raise ValueError(f"a step needs at least 1 chunk, not {chunks}")
     return _run(side, chunks, depth)
 
 
-def _run(side: _Side, chunks: int, depth: int) -> Schedule:
+def _run(side: Side, chunks: int, depth: int) -> Schedule:
     done = dict.fromkeys(side.kinds, 0)  # kinds run in chunk order, so a count says which chunks
     arrived: dict[str, set[int]] = {kind: set() for kind in side.after}
-    first, last = side.first, side.last
 
     def ready(kind: str) -> bool:
         chunk = done[kind]
@@ -183,9 +194,9 @@ def _run(side: _Side, chunks: int, depth: int) -> Schedule:
             return False
         if kind in arrived:
             return chunk in arrived[kind]
-        return done[first] - done[last] < depth
+        return done[side.first] - done[side.last] < depth
 
-    while done[last] < chunks:
+    while done[side.last] < chunks:
         kind = next(filter(ready, side.kinds), None)
         action = None if kind is None else Action(int(kind[0]), kind[1], done[kind])
         for arrival in (yield WAIT if action is None else action) or ():
@@ -197,7 +208,7 @@ def _run(side: _Side, chunks: int, depth: int) -> Schedule:
 
 def _check(
     arrival: Action,
-    side: _Side,
+    side: Side,
     chunks: int,
     done: Mapping[str, int],
     arrived: Mapping[str, set[int]],
