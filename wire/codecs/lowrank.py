@@ -75,9 +75,6 @@ _GRAM_SHARE = 4
 _SQUARES = 1e-25, 1e35
 """Between these lie its largest elements, or it is not used: squares leave fp32's range sooner than what is squared."""
 
-_MEANS_SHARE = 100
-"""Means go apart where the factors are this many times their size."""
-
 _MOST_STARTS = 16
 """Shapes that a stream remembers, the latest ones."""
 
@@ -111,7 +108,7 @@ class LowRank(Codec):
         m = matrices.view(x).float()
         m = m if matrices.tall else m.transpose(1, 2)
         means = None
-        if means_apart(matrices, self.rank):
+        if matrices.means_apart(self.rank):
             # As they will arrive, so that the factors make up for their rounding.
             means = m.mean(2 if matrices.features_are_long else 1).to(x.dtype)
         centred = Centred(m, None if means is None else means.float(), matrices.features_are_long)
@@ -161,7 +158,7 @@ class LowRank(Codec):
         if matrices is None:
             return torch.zeros((), dtype=torch.float64)
         values = centred = matrices.view(x).double()
-        if means_apart(matrices, self.rank):
+        if matrices.means_apart(self.rank):
             means = centred.mean(2 if matrices.features == "rows" else 1, keepdim=True)
             centred = centred - means.to(x.dtype)
 
@@ -172,10 +169,11 @@ class LowRank(Codec):
             return torch.maximum(along, across)
 
         info = torch.finfo(x.dtype)
+        left = sizes(centred)
         # Factors, means and the product are rounded; below a dtype's normal range by fixed amounts.
-        rounding = (4 * info.eps + 1e-4) * torch.maximum(sizes(values), sizes(centred))
+        rounding = (4 * info.eps + 1e-4) * torch.maximum(sizes(values), left)
         rounding += 4 * self.rank * info.tiny * info.eps
-        return whole.shaped((sizes(centred) + rounding).expand_as(values).reshape(-1))
+        return whole.shaped((left + rounding).expand_as(values).reshape(-1))
 
     def misfit(self, whole: TensorType) -> str | None:
         """A rank above the smaller side, which no compression is."""
@@ -184,10 +182,10 @@ class LowRank(Codec):
             return f"it takes [B,C,H,W] and [B,S,H], not {len(whole.shape)} dimensions"
         if self.rank <= matrices.smaller_side:
             return None
-        size = matrices.rows * matrices.columns
-        most = (size - (matrices.feature_count if matrices.of_map else 0)) // (
-            matrices.rows + matrices.columns
-        )
+        size, one = matrices.rows * matrices.columns, matrices.rows + matrices.columns
+        most = size // one
+        if matrices.means_apart(most):
+            most = (size - matrices.feature_count) // one
         side = f"a sample is a matrix {matrices.rows}x{matrices.columns}"
         return (
             f"{side}; ranks up to {most} make it smaller" if most else f"{side}, which no rank makes smaller"
@@ -220,7 +218,7 @@ class LowRank(Codec):
 
     def _parts(self, matrices: Matrices, dtype: torch.dtype) -> tuple[TensorType, ...]:
         shapes = [(self.rank, matrices.rows), (self.rank, matrices.columns)]
-        if means_apart(matrices, self.rank):
+        if matrices.means_apart(self.rank):
             shapes.append((1, matrices.feature_count))
         return tuple(TensorType(dtype, (matrices.count, *shape)) for shape in shapes)
 
@@ -263,12 +261,6 @@ class LowRank(Codec):
         self._starts[key] = start
         if len(self._starts) > _MOST_STARTS:
             del self._starts[next(iter(self._starts))]
-
-
-def means_apart(matrices: Matrices, rank: int) -> bool:
-    """Whether means cross besides factors of this rank: where they hardly add to them."""
-    factors = rank * (matrices.rows + matrices.columns)
-    return matrices.of_map and factors >= _MEANS_SHARE * matrices.feature_count
 
 
 def peak(x: Tensor) -> float:

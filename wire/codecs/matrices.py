@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_MEANS_SHARE = 100
+"""Means go apart where the factors are this many times their size."""
+
+
 @dataclass(frozen=True, slots=True)
 class Matrices:
     """A tensor's memory as one matrix a sample.
@@ -74,6 +78,10 @@ class Matrices:
     def smaller_side(self) -> int:
         """Of each matrix."""
         return min(self.rows, self.columns)
+
+    def means_apart(self, rank: int) -> bool:
+        """Whether the features' means cross besides factors of this rank: of maps, where they hardly add to them."""
+        return self.of_map and rank * (self.rows + self.columns) >= _MEANS_SHARE * self.feature_count
 
     def view(self, x: Tensor) -> Tensor:
         """A dense tensor as `[count, rows, columns]`."""

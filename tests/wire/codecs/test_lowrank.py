@@ -430,6 +430,12 @@ def test_a_rank_that_saves_nothing_for_the_means_is_not_recommended():
     assert codec(9).encode(x, CALL) is not None
 
 
+def test_of_a_small_map_the_largest_rank_that_saves_something_is_recommended():
+    whole = TensorType.of(torch.zeros(8, 10, 5, 1))
+    assert "ranks up to 3 make it smaller" in codec(6).misfit(whole)
+    assert codec(3).encode(torch.randn(8, 10, 5, 1, generator=generator()), CALL) is not None
+
+
 def test_sums_beyond_the_dtype_leave_large_maps_alone():
     x = torch.full((1, 4, 30, 30), torch.finfo(torch.float32).max)
     assert codec(2).encode(x, CALL) is None
