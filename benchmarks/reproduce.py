@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -65,8 +64,6 @@ FINE_TUNE_LARGER = replace(
     train={**FINE_TUNE.train, "image_size": 96, "steps": 200},
     pretrain={**(FINE_TUNE.pretrain or {}), "image_size": 96, "epochs": 3},
 )
-PUBLISHED_POSITIONS = 49
-"""Of cut 2's map at 224 px."""
 
 BASELINES = {"decay": "text"} | {name: name for name in ("lowrank", "text-chains", "lowrank-image")}
 """Under which table a table keeps its uncompressed runs; those that are not here share one for images."""
@@ -379,36 +376,6 @@ def write_section(title: str, about: str, printed: str) -> None:
     RESULTS.write_text(with_section(document, new), encoding="utf-8")
 
 
-def with_ranks(rows: Sequence[Row], image_size: int) -> list[Row]:
-    """Give power iteration on maps the ranks whose rates come nearest to the published ones.
-
-    Both cuts get the same rank at 224 px. Smaller images leave cut 2 fewer positions, 9 of 49 at 96 px, and its rank
-    shrinks with them, to 1 at least.
-    """
-    from common.model_spec import ModelSpec
-    from common.models import build_model
-    from common.partition import image_input, preset_cuts, split
-
-    model = build_model(ModelSpec(name="mobilenet_v2", num_classes=10))
-    parts = split(model, preset_cuts("mobilenet_v2"), image_input(image_size))
-    (channels1, *map1), (channels2, *map2) = (info.shape for (info,) in (parts.cut1, parts.cut2))
-    positions1, positions2 = math.prod(map1), math.prod(map2)
-    dense = channels1 * positions1 + channels2 * positions2
-
-    def ranks(rank: int) -> tuple[int, int]:
-        return rank, max(1, round(rank * positions2 / PUBLISHED_POSITIONS))
-
-    def rate(rank: int) -> float:
-        first, second = ranks(rank)
-        return (first * (channels1 + positions1) + second * (channels2 + positions2)) / dense
-
-    chosen = []
-    for row in rows:
-        first, second = ranks(min(range(1, 32), key=lambda rank: abs(rate(rank) - (row.rate or 0))))
-        chosen.append(replace(row, compress=f"cut1=lowrank:{first} cut2=lowrank:{second}"))
-    return chosen
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a table; return 0 where its target is met, else 1."""
     parser = argparse.ArgumentParser(prog="benchmarks/reproduce.py", description=__doc__.splitlines()[0])
@@ -447,8 +414,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.table == "decay" and longer_schedule(name):
             rows = tuple(replace(row, compress=f"{row.compress},start=pca") for row in rows)
             setting = replace(setting, caption=f"{setting.caption}; pairs start on the principal axes")
-        if options.table == "lowrank-image":
-            rows = tuple(with_ranks(rows, 224 if options.full else FINE_TUNE_LARGER.train["image_size"]))
+        if options.table == "lowrank-image" and not options.full:
+            rows = published.LOWRANK_IMAGE_96
         chosen = [
             row for number, row in enumerate((NONE, *rows)) if not options.rows or number in options.rows
         ]

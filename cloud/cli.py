@@ -141,6 +141,8 @@ def cli(
         stream=sys.stderr,
         format="%(asctime)s %(message)s",
     )
+    if not debug:
+        logging.getLogger("torch").setLevel(logging.WARNING)  # it reports on its caches at exit
 
     def write_certificate() -> None:
         from cloud.certificate import make_certificate

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from common.bottleneck import KINDS, Kind, parse_bottleneck
+from common.errors import UserError
 from common.fitting import copy_to_record, without_padding
 from common.partition import Split
 from common.stage import seeded
@@ -51,6 +52,11 @@ def start_from_samples(split: Split, specs: Sequence[str], inputs: Sequence[Tens
             outputs = copy_to_record(before).run_bare(*tensors)
             crossed = list(outputs[: len(infos)])
             for position, path in before.encoders.items():
+                if not outputs[position].isfinite().all():
+                    raise UserError(
+                        f"what crosses cut {number + 1} is not finite for the first training samples: the weights that "
+                        "this run starts from are damaged or far too large"
+                    )
                 encoder, decoder = before.get_submodule(path), after.get_submodule(after.decoders[position])
                 if kind is not None:
                     kind.start(encoder, decoder, without_padding(outputs[position], encoder, inputs))

@@ -192,8 +192,7 @@ def _check_name(name: str) -> None:
         close = difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.5)
         if close:
             raise UserError(
-                f"unknown model {name!r}; close names: {', '.join(close)}; common.models.list_models() gives all "
-                f"{len(names)}"
+                f"unknown model {name!r}; close names: {', '.join(close)}; the name '?' lists all {len(names)}"
             )
         raise UserError(f"unknown model {name!r}; there are {', '.join(names)}")
 
@@ -209,7 +208,7 @@ def _named_weights(name: str, weights: str) -> Any:
     if short not in choices.__members__:
         exist = ", ".join(("DEFAULT", *(member.name for member in choices)))
         raise UserError(
-            f"{name} has no weights {weights!r}; there are {exist}; or give a .safetensors or .pt file's path"
+            f"{name} has no weights {weights!r}; there are {exist}; or give a file's path, such as ./{weights}"
         )
     return choices[short]
 

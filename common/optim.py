@@ -86,15 +86,20 @@ class OptimSpec:
             ("second beta", self.betas[1], "from 0 to below 1", 0 <= self.betas[1] < 1),
             ("eps", self.eps, "above 0", self.eps > 0),
             ("power", self.power, "above 0", self.power > 0),
-            ("end_lr", self.end_lr, f"from 0 to the learning rate, {self.lr}", 0 <= self.end_lr <= self.lr),
-            ("warmup_steps", self.warmup_steps, "0 or more", self.warmup_steps >= 0),
             (
-                "total_steps",
+                "last learning rate",
+                self.end_lr,
+                f"from 0 to the learning rate, {self.lr}",
+                0 <= self.end_lr <= self.lr,
+            ),
+            ("warm-up steps", self.warmup_steps, "0 or more", self.warmup_steps >= 0),
+            (
+                "steps in all",
                 self.total_steps,
                 f"{least_steps} or more ({self.schedule} schedule, {self.warmup_steps} warm-up steps)",
                 self.total_steps >= least_steps,
             ),
-            ("clip_norm", clip_norm, "above 0", clip_norm > 0),
+            ("largest gradient norm to clip to", clip_norm, "above 0", clip_norm > 0),
         ):
             if not (fits and math.isfinite(value)):
                 raise UserError(f"{what} must be {wanted}, not {value}")

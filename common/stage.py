@@ -13,6 +13,7 @@ interleaving; each kind is called in chunk order, so that BatchNorm statistics a
 those of a plain loop over the chunks.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,8 +157,12 @@ class Stage:
         return tuple(entry.gradient() for entry in entries)
 
     def grad_norm_sq(self) -> float:
-        """The sum of squares of the gradients accumulated in this step."""
-        return grad_norm_sq(self._parameters)
+        """The sum of squares of the gradients accumulated in this step.
+
+        NaN where the step has made a buffer overflow, a running variance for example: such a step must not be applied
+        either, and the gradients may show nothing of it.
+        """
+        return grad_norm_sq(self._parameters) if self._buffers_are_sound() else math.nan
 
     def commit(self, scale: float | None = None) -> None:
         """Apply the step: scale the gradients if asked, then move weights, schedule and widths."""
@@ -244,6 +249,20 @@ class Stage:
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradients accumulated so far, to undo a loss scale."""
         apply_scale(self._parameters, factor)
+
+    def _buffers_are_sound(self) -> bool:
+        """Whether no buffer has overflowed in this step. Some models keep infinities in theirs from the start."""
+        before = self._saved_buffers or {}
+        floating = [name for name in before if before[name].is_floating_point() and before[name].numel()]
+        if not floating:
+            return True
+        now = torch.stack(torch._foreach_norm([self._buffers[name] for name in floating], math.inf))
+        if now.isfinite().all():
+            return True
+        return all(
+            bool(self._buffers[name].isfinite().all()) or not bool(before[name].isfinite().all())
+            for name in floating
+        )
 
     def _forget_step(self) -> dict[str, Tensor] | None:
         """Forget chunks and gradients; return the buffers that the step began with."""

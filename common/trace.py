@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 __all__ = ["LANES", "Event", "Tracer", "clock_offset_ns"]
 
-LANES: Final = ("compute", "encode", "decode", "send", "receive")
+LANES: Final = ("compute", "encode", "decode", "send")
 """The lanes a side has, in the order they are shown; others come after them."""
 
 

@@ -22,7 +22,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict onto the CPU. Nothing in the file is executed.
 
     Args:
-        path: a ``.safetensors`` file, or one of `torch.save` with plain tensors: a state dict, or a map that
+        path: a safetensors file of any name, or one of `torch.save` with plain tensors: a state dict, or a map that
             holds one as ``state_dict`` or ``model``.
 
     Raises:
@@ -31,7 +31,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no weights file {path}")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
@@ -42,6 +42,11 @@ def load_state(path: Path) -> dict[str, Tensor]:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise UserError(f"{path} is no readable weights file, perhaps cut short: {reason}") from error
     return _state_dict_in(loaded, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:  # the length of a JSON object, and the object
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:

@@ -46,7 +46,8 @@ def train_command(
         sys.stdout.write(f"stopped after step {result.steps} of {result.total_steps}{hint}\n")
         sys.exit(130)
     accuracy = "" if result.accuracy is None else f", test accuracy {result.accuracy:.2%}"
-    sys.stdout.write(f"done: {result.steps} steps{accuracy}\n")
+    lost = f", {result.thrown_away} of them thrown away" if result.thrown_away else ""
+    sys.stdout.write(f"done: {result.steps} steps{lost}{accuracy}\n")
 
 
 async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> TrainResult:

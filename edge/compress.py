@@ -153,28 +153,18 @@ def check_fit(compression: Compression, crossing: Sequence[Sequence[TensorInfo]]
             TensorType(info.dtype, info.batched(chunk)) for info in infos if info.dtype.is_floating_point
         ]
         for stream, chain in compression.codecs.items():
-            types = dense
-            if not types or not stream.startswith(f"cut{cut}."):
+            if not dense or not stream.startswith(f"cut{cut}."):
                 continue
             for stage in split_chain(chain):
                 codec = codec_class(stage.name)(stage.args, Role.ACTIVATION)
-                if isinstance(codec, Ragged):
-                    if not any(map(_is_mask, crossing[0])):
-                        raise UserError(
-                            f"--compress {stage} does nothing at cut {cut}: it drops padding of texts, and no mask "
-                            "crosses cut 1 that says where some is"
-                        )
-                    types = [_all_tokens(whole) for whole in types]
-                misfits = [codec.misfit(whole) for whole in types]
+                if isinstance(codec, Ragged) and not any(map(_is_mask, crossing[0])):
+                    raise UserError(
+                        f"--compress {stage} does nothing at cut {cut}: it drops padding of texts, and no mask "
+                        "crosses cut 1 that says where some is"
+                    )
+                misfits = [codec.misfit(whole) for whole in dense]
                 if all(misfits):
                     raise UserError(f"--compress {stage} does nothing at cut {cut}: {misfits[0]}")
-
-
-def _all_tokens(whole: TensorType) -> TensorType:
-    """What `ragged` makes of a chunk at most."""
-    if len(whole.shape) < 2:
-        return whole
-    return TensorType(whole.dtype, (1, whole.shape[0] * whole.shape[1], *whole.shape[2:]))
 
 
 def _place(text: str) -> tuple[str, str]:
@@ -196,5 +186,5 @@ def _split(spec: str) -> tuple[str, str]:
     late = next((stage for stage in chain if stage.name in BOTTLENECKS), None)
     if late is not None:
         raise UserError(f"{spec}: {late} changes the model, so it comes first and once, as in {late}+int8")
-    check_chain(chain, spec)
+    check_chain(chain, spec, before=BOTTLENECKS)
     return bottleneck, spell_chain(chain)

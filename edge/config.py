@@ -124,6 +124,9 @@ class TrainConfig:
         parse_address(self.server)
         if isinstance(self.compress, str):
             object.__setattr__(self, "compress", (self.compress,))
+        weights = self.weights or ""
+        if "." in weights and "/" not in weights and Path(weights).is_file():
+            object.__setattr__(self, "weights", f"./{weights}")  # a path, whatever its ending
         if len(self.cuts) not in (0, 2):
             raise UserError(
                 f"a model is cut at two points, not {len(self.cuts)}: give --cut twice, or not at all"
@@ -234,6 +237,8 @@ def _why_not(path: Path, *, in_place: bool) -> str | None:
     """Say why a file cannot be written, or where not `in_place` replaced, as far as can be told beforehand."""
     if path.is_dir():
         return "is a directory; name a file"
+    if not in_place and path.exists() and not path.is_file():
+        return "is no regular file, and would be replaced by one; name another"
     if not path.parent.is_dir():
         return f"there is no directory {path.parent}; create it first"
     if not os.access(path if in_place and path.exists() else path.parent, os.W_OK):

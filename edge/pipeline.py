@@ -78,7 +78,7 @@ class Pipeline:
             raise
         norm_sq = this.middle_norm_sq + await context.lanes.run(COMPUTE, "norm", self._norm_sq)
         if not math.isfinite(norm_sq):
-            reason = f"the gradients of step {step} are not finite"
+            reason = f"the gradients of step {step}, or running statistics, are not finite"
             going_on = self._skip_overflow
             await self._drop(
                 Outcome(step, applied=False, score=this.score, reason="" if going_on else reason)

@@ -45,6 +45,11 @@ def is_turned_away(error: WireError) -> bool:
     return isinstance(error, PeerError) and error.code in _PASSING
 
 
+def ends_session(error: WireError) -> bool:
+    """Whether the server has ended the session in good order, and for good."""
+    return isinstance(error, PeerError) and error.code == "stopped"
+
+
 def is_odd(error: WireError) -> bool:
     """Whether it looks like a damaged stream, or like a defect, rather than like a lost connection."""
     if isinstance(error, ConnectFailed):

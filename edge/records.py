@@ -49,6 +49,7 @@ class Records:
         self._up_before = self._down_before = 0  # of connections that have gone
         self._reconnects = -1
         self._begun = (-1, 0.0, 0, 0)
+        self._thrown_away: list[int] = []
         self._job: Job
 
     def open(self, job: Job, resources: ExitStack, *, append: bool) -> None:
@@ -101,6 +102,7 @@ class Records:
             return
         self.reported = outcome.step
         if not outcome.applied:
+            self._thrown_away.append(step)
             self._progress.note(
                 f"step {step}: fp16 overflowed; the step was thrown away and the loss scale halved"
             )
@@ -132,10 +134,16 @@ class Records:
     def went_back(self, step: int) -> None:
         """The run goes on from an earlier step, or from where another process left it."""
         self._stats.take_back(self.reported - step)
+        self._thrown_away = [number for number in self._thrown_away if number <= step]
         self.reported = step
         self._begun = (-1, 0.0, 0, 0)
         if self._metrics is not None:
             self._metrics.rewind(step)
+
+    @property
+    def thrown_away(self) -> int:
+        """Steps whose gradients overflowed, so that they changed nothing."""
+        return len(self._thrown_away)
 
     @property
     def scores(self) -> dict[str, Any]:

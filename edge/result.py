@@ -1,5 +1,6 @@
 """What a run leaves behind: figures, and the whole trained model."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ class TrainResult:
     """What a run came to.
 
     Attributes:
-        steps: training steps made.
+        steps: training steps made, those included that were thrown away.
         total_steps: steps that were asked for.
+        thrown_away: steps whose gradients overflowed in fp16, so that they changed nothing.
         loss: of the last step; None if there was none.
         accuracy: of the last evaluation, 0 to 1; None if there was none.
         mcc: its Matthews' correlation coefficient, for text; else None.
@@ -33,6 +35,7 @@ class TrainResult:
 
     steps: int
     total_steps: int
+    thrown_away: int
     loss: float | None
     accuracy: float | None
     mcc: float | None
@@ -53,21 +56,61 @@ async def fetch_state(job: Job, context: Context) -> dict[str, Tensor]:
     return {**whole, **bottleneck}
 
 
-def save_state(state: Mapping[str, Tensor], config: TrainConfig, steps: int) -> None:
-    """Write the trained model where `config.save` says, whole or not at all.
+def write_model(job: Job, state: Mapping[str, Tensor], steps: int, stopped: Exception | None) -> None:
+    """Write the trained model where it was asked for, if it is worth something.
+
+    Args:
+        job: what was trained.
+        state: `fetch_state`'s.
+        steps: how many made it.
+        stopped: what ended training early, for the message; None where nothing did.
 
     Raises:
-        TrainingStopped: the disk is full, or the file cannot be written.
+        TrainingStopped: it is worth nothing, or cannot be written.
+    """
+    try:
+        check_sound(job, state, steps)
+        save_state(state, job.config, steps)
+    except TrainingStopped as failed:
+        raise TrainingStopped(f"{stopped}; {failed}" if stopped else str(failed)) from failed
+
+
+def check_sound(job: Job, state: Mapping[str, Tensor], steps: int) -> None:
+    """Refuse weights that nothing can be done with, and that would take an older file's place.
+
+    Raises:
+        TrainingStopped: a trained parameter is not finite.
+    """
+    trained = {
+        name for partition in job.parts.partitions.values() for name, _ in partition.named_parameters()
+    }
+    for name in trained & state.keys():
+        if not state[name].isfinite().all():
+            raise TrainingStopped(
+                f"the weights of step {steps} are not finite ({name}), so nothing was written to {job.config.save}; "
+                "give a lower --lr"
+            )
+
+
+def save_state(state: Mapping[str, Tensor], config: TrainConfig, steps: int) -> None:
+    """Write the trained model where `config.save` says, whole or not at all; if not there, to a temporary folder.
+
+    Raises:
+        TrainingStopped: the disk is full, or the file cannot be written; says where the model is instead.
     """
     assert config.save is not None
-    whole, bottleneck = split_bottleneck(state)
+    own, bottleneck = split_bottleneck(state)
+    metadata = {"model": config.model, "steps": str(steps)}
     try:
-        save_model(config.save, whole, bottleneck, {"model": config.model, "steps": str(steps)})
+        save_model(config.save, own, bottleneck, metadata)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise TrainingStopped(
-            f"the model of step {steps} could not be written to {config.save}: {reason}"
-        ) from error
+        said = f"the model of step {steps} could not be written to {config.save}: {error.strerror or error}"
+        try:
+            instead = Path(tempfile.mkdtemp(prefix="isthmus-"), config.save.name)
+            save_model(instead, own, bottleneck, metadata)
+        except OSError:
+            raise TrainingStopped(f"{said}; nor to {tempfile.gettempdir()}, so it is lost") from error
+        raise TrainingStopped(f"{said}; it is in {instead} instead") from error
 
 
 def write_trace(tracer: Tracer, path: Path) -> None:

@@ -10,7 +10,7 @@ from common.trace import Tracer
 from edge.config import TrainConfig, parse_address
 from edge.link import Link, open_link
 from edge.progress import Progress
-from edge.reconnect import Patience, is_turned_away, may_pass
+from edge.reconnect import Patience, ends_session, is_turned_away, may_pass
 from edge.security import wire_config
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, WireError
@@ -114,7 +114,7 @@ class Supervisor:
             hopeful = isinstance(error, ConnectFailed) and error.hung_up and self._hung_up <= _MOST_HUNG_UP
         wait_s = self._patience.failed(error) if hopeful else None
         if wait_s is None or self.stopping:
-            raise self._final(error) if hopeful else error
+            raise self._final(error) if hopeful or (self._was_connected and ends_session(error)) else error
         if self._lost_s is None:
             self._lost_s = time.monotonic()
             what = (

@@ -10,6 +10,7 @@ from common.lanes import COMPUTE, Lanes
 from common.runtime import default_threads
 from common.trace import Tracer
 from edge.claim import Claim
+from edge.compress import parse_compress
 from edge.config import TrainConfig
 from edge.context import Context, build_context
 from edge.evaluation import Evaluations
@@ -20,7 +21,7 @@ from edge.outcome import Outcome
 from edge.pipeline import Pipeline
 from edge.progress import Progress, SilentProgress
 from edge.records import Records
-from edge.result import TrainResult, fetch_state, kept, save_state, write_trace
+from edge.result import TrainResult, fetch_state, kept, write_model, write_trace
 from edge.run_folder import RunFolder, SessionKey, open_folder
 from edge.saves import Saves, about
 from edge.supervisor import Supervisor
@@ -102,6 +103,7 @@ class Trainer:
             WireError: the link failed, for good.
         """
         config = self._config
+        parse_compress(config.compress)  # what is wrong with it shows before there is a server
         with ExitStack() as resources:
             if config.checkpoint is not None:
                 is_new = self._claim.remembers
@@ -116,7 +118,11 @@ class Trainer:
                 self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
             raise TrainingStopped(f"{stopped}; {kept(self._config, self.steps)}") from stopped
-        made = {"steps": self.steps, "total_steps": self.total_steps}
+        made = {
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "thrown_away": self._records.thrown_away,
+        }
         return TrainResult(**made, **self._records.scores, summary=summary, state=state)
 
     async def _use(
@@ -273,10 +279,10 @@ class Trainer:
         if self._saves is not None:
             await self._saves.settled(link)
         # An older file is worth more than an untrained model.
-        saves = self._config.save is not None and self.steps > 0
+        saves = self._config.save is not None and self.steps > self._records.thrown_away
         state = await fetch_state(self._job, self._context) if self._keep_state or saves else {}
         if saves:
-            await self._lanes.run(COMPUTE, "save", save_state, state, self._config, self.steps)
+            await self._lanes.run(COMPUTE, "save", write_model, self._job, state, self.steps, self._stopped)
             self._progress.note(f"the model is in {self._config.save}")
         return state
 

@@ -44,6 +44,17 @@ SMALL = {
 }
 OTHERS = {
     "mpnet": {**SMALL, "pad_token_id": 0, "initializer_range": 0.2},
+    "deberta-v2": {
+        **SMALL,
+        "initializer_range": 0.2,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_buckets": 8,
+    },
     "convbert": {**SMALL, "embedding_size": 32, "conv_kernel_size": 3, "initializer_range": 0.2},
 }
 """Models of which more crosses than the tokens need."""

@@ -60,7 +60,7 @@ def test_the_default_image_size_follows_named_weights():
 
 
 def test_an_unknown_model_gets_its_nearest_names():
-    with pytest.raises(UserError, match=r"unknown model .resnet19.; close names: .*resnet18.* gives all"):
+    with pytest.raises(UserError, match=r"unknown model .resnet19.; close names: .*resnet18.* lists all"):
         build_model(small(name="resnet19"))
     with pytest.raises(UserError, match=r"unknown model 'zzz'; there are alexnet, .*, vit_l_32"):
         default_image_size("zzz")

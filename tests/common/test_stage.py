@@ -1,6 +1,7 @@
 """A stage: chunks in any interleaving equal a plain loop bitwise, and a step is applied or undone as a whole."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -202,6 +203,27 @@ def test_running_statistics_move_with_the_step_and_go_back_with_it():
     assert norm.num_batches_tracked == 0
     assert norm.running_mean.abs().sum() == 0
     assert (norm.running_var == 1).all()
+
+
+class Masked(Part):
+    """Keeps an infinity, as models with attention masks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_statistics_that_overflow_show_in_the_norm_and_go_back(value):
+    stage = stage_of(made(Masked))
+    before = state_of(stage)
+    stage.begin_step()
+    run_step(stage, 1)
+    assert math.isfinite(stage.grad_norm_sq())
+    stage.partition.norm.running_var[1] = value
+    assert math.isnan(stage.grad_norm_sq())
+    stage.rollback()
+    assert_same(state_of(stage), before)
 
 
 def test_a_committed_step_cannot_be_undone():

@@ -69,6 +69,13 @@ def test_a_torch_file_of_plain_tensors_is_read(tmp_path, wrap):
     assert state_digest(load_state(tmp_path / "model.pt")) == state_digest(some_state())
 
 
+def test_a_file_is_read_by_what_it_holds_and_not_by_its_ending(tmp_path):
+    save_model(tmp_path / "model.st", some_state(), {}, {"model": "m"})
+    torch.save(some_state(), tmp_path / "model.weights")
+    for path in tmp_path.iterdir():
+        assert state_digest(load_state(path)) == state_digest(some_state())
+
+
 class Trap:
     def __reduce__(self):
         return Path.touch, (Path("trapped"),)

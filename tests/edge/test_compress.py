@@ -286,12 +286,20 @@ def test_ragged_without_a_mask_is_refused():
         check_fit(compression, ((HIDDEN,), (HIDDEN,)), 8)
 
 
-def test_rank_of_ragged_tokens_may_be_that_of_a_whole_chunk():
-    check_fit(parse_compress(["ragged+lowrank:60"]), TEXT, 8)
-    narrow = TensorInfo(name="hidden", shape=(4, 64))
-    with pytest.raises(UserError, match="4x64"):
-        check_fit(parse_compress(["lowrank:30"]), ((narrow, MASK), (narrow,)), 8)
-    check_fit(parse_compress(["ragged+lowrank:30"]), ((narrow, MASK), (narrow,)), 8)
+@pytest.mark.parametrize("before", ["", "ragged+"])
+def test_rank_of_texts_is_held_against_a_single_one(before):
+    check_fit(parse_compress([f"{before}lowrank:60"]), TEXT, 8)
+    short = TensorInfo(name="hidden", shape=(32, 64), token_dims=(0,))
+    with pytest.raises(UserError, match="a sample is a matrix 32x64; ranks up to 21 make it smaller"):
+        check_fit(parse_compress([f"{before}lowrank:50"]), ((short, MASK), (short,)), 8)
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("cov", "conv"), ("liner:8", "linear"), ("int9", "int")])
+def test_an_unknown_stage_is_refused_with_all_there_are_and_the_nearest(typo, meant):
+    with pytest.raises(
+        SpecError, match=f"did you mean {meant}.*, zstd, and before them conv, conv2, linear, decay"
+    ):
+        parse_compress([typo])
 
 
 @pytest.mark.parametrize("text", ["delta+int4", "cut1=ragged+delta", "cut2.act=delta:limit=1M+int8"])

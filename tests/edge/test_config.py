@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -137,6 +138,22 @@ def test_a_file_that_cannot_be_written_is_refused_before_training(option, tmp_pa
         config(**{option: tmp_path / "missing" / "file"})
     assert getattr(config(**{option: tmp_path / "file"}), option) == tmp_path / "file"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["save", "trace"])
+def test_what_is_no_file_is_not_replaced_by_one(option, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"^--{option} .*is no regular file"):
+        config(**{option: pipe})
+
+
+def test_a_file_of_weights_may_have_any_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config(weights="good.st").weights == "good.st"
+    Path("good.st").write_bytes(b"")
+    assert config(weights="good.st").weights == "./good.st"
+    assert config(weights="DEFAULT").weights == "DEFAULT"
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")

@@ -227,7 +227,7 @@ def test_more_classes_than_the_data_has_are_fine_and_fewer_are_refused():
         ({"compress": "cut1=conv:4x999"}, "larger than the map"),
         ({**TOKENS, "compress": "linear:13"}, "use a width up to 12"),
         ({**TOKENS, "compress": "decay:rate=0.5,iterations=4"}, "leaves nothing"),
-        ({"schedule": "cosine", "warmup_steps": 9}, "total_steps must be"),
+        ({"schedule": "cosine", "warmup_steps": 9}, "steps in all must be"),
         ({"optimizer": "lion"}, "--optimizer must be one of sgd, adamw, not 'lion'"),
         ({"lr": float("nan")}, "learning rate must be above 0"),
         ({"seed": 1 << 63}, "seed must be"),

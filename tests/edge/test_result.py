@@ -58,8 +58,23 @@ def test_a_disk_without_room_stops_training_and_the_old_file_stays(old_file):
     assert str(caught.value).startswith(f"the model of step 7 could not be written to {old_file}: ")
     assert "too large" in str(caught.value).lower()  # what the system says
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("so it is lost")  # for no file can be written anywhere
     assert old_file.read_bytes() == b"older"
     assert [entry.name for entry in old_file.parent.iterdir()] == [old_file.name]
+
+
+def test_a_model_that_does_not_fit_its_place_goes_to_a_temporary_folder(old_file, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "tmp"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    old_file.parent.joinpath("gone").mkdir()
+    config = config_for(old_file.parent / "gone" / "model.safetensors")
+    config.save.parent.rmdir()
+    with pytest.raises(TrainingStopped, match=r"it is in .* instead") as caught:
+        save_state(STATE, config, 3)
+    (kept,) = elsewhere.glob("*/model.safetensors")
+    assert str(kept) in str(caught.value)
+    assert load_state(kept).keys() == STATE.keys()
 
 
 def test_a_folder_that_is_gone_stops_training(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wire.codecs.base import Role
@@ -68,12 +70,13 @@ def split_chain(text: str) -> Chain:
     return () if stages[0].name == NONE else tuple(stages)
 
 
-def check_chain(stages: Chain, text: str) -> None:
+def check_chain(stages: Chain, text: str, *, before: Sequence[str] = ()) -> None:
     """Checks that every stage is a codec in its place with arguments that it takes, and that none comes twice.
 
     Args:
         stages: what `split_chain` returned, or some of it.
         text: what was split, for the message.
+        before: what else may stand before a chain, for the message.
 
     Raises:
         SpecError: a stage is not right.
@@ -85,8 +88,15 @@ def check_chain(stages: Chain, text: str) -> None:
             raise SpecError(f"{stage.name} {where} is always on; leave it out", text, stage.position)
         at = f"at character {stage.position + 1} of {text!r}"
         if stage.name not in codec_names():
-            known = ", ".join((NONE, *codec_names()))
-            raise SpecError(f"unknown codec {stage.name!r} {at}; there are {known}", text, stage.position)
+            known = (NONE, *codec_names())
+            close = difflib.get_close_matches(stage.name, (*known, *before), n=1)
+            hint = f"did you mean {close[0]}? There" if close else "there"
+            first = f", and before them {', '.join(before)}" if before else ""
+            raise SpecError(
+                f"unknown codec {stage.name!r} {at}; {hint} are {', '.join(known)}{first}",
+                text,
+                stage.position,
+            )
         if stage.name in seen:
             raise SpecError(f"{stage.name} {at} comes a second time", text, stage.position)
         seen.add(stage.name)
