@@ -12,6 +12,7 @@ TABLE is one of
     lowrank-image  power iteration, on CIFAR-10: 2 rates
     image-chains   fewer than a fiftieth of the bytes, on CIFAR-10
     flops          multiply-accumulates of the three partitions
+    rates          bytes on the socket of every published row on images, at 224 px, against its formula
     time           seconds a batch at 1 Gbit/s, and the link rate that compute can fill
     plot           accuracy against bytes per sample, of everything that was run so far
 
@@ -19,9 +20,9 @@ Without ``--full`` the settings are those for two CPU cores: MiniLM stands for R
 tokens at most (128 for power iteration, whose ranks say little without the padding), images have 48 px (see
 `benchmarks.accuracy`; 96 for power iteration, which leaves little of small maps), schedules are short and begin where
 an uncompressed run ended (``--start F`` keeps that, for tables of the same image size), and the steps between
-narrowings are scaled with them. ``--steps N`` is a longer schedule on CoLA; pairs that decay start on the principal
-axes there, and not, as published, at the identity. With ``--full`` the settings are the published ones, for a server
-with a GPU: RoBERTa-base from the hub, 128 tokens, 224 px, ImageNet weights. What is measured is kept in
+narrowings are scaled with them. ``--steps N`` is another schedule on CoLA. In such short ones pairs that decay start on
+the principal axes, and not, as published, at the identity. With ``--full`` the settings are the published ones, for a
+server with a GPU: RoBERTa-base from the hub, 128 tokens, 224 px, ImageNet weights. What is measured is kept in
 docs/reproduced.json, a record for each row and seed, so that a table may be run in pieces and the plot has all of it.
 
 A rate is that of the last step, bytes on the socket over dense fp32. Accuracies of one seed are paired with the
@@ -57,8 +58,9 @@ from edge.flops import columns
 RECORDS = ROOT / "docs" / "reproduced.json"
 RESULTS = ROOT / "docs" / "results.md"
 NONE = Row(label="none", compress="none", rate=1.0)
-SHORT_STEPS, START_STEPS = 150, 1068
-"""Steps of a short schedule on CoLA, and of the uncompressed run before it: four passes."""
+SHORT_STEPS, DECAY_STEPS, START_STEPS = 150, 300, 1068
+"""Steps of a short schedule on CoLA, of one in which layers narrow nine times, and of the uncompressed run before
+both: four passes."""
 FINE_TUNE_LARGER = replace(
     FINE_TUNE,
     train={**FINE_TUNE.train, "image_size": 96, "steps": 200},
@@ -77,6 +79,8 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "lowrank-image": ("image", published.LOWRANK_IMAGE),
     "image-chains": ("image", published.IMAGE_CHAINS),
 }
+OTHERS = ("flops", "rates", "time", "plot")
+"""Functions of `benchmarks.reproduce_more`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +143,16 @@ def minilm() -> str:
     return f"hf:{Path(found.submodule_search_locations[0]) / 'model'}"
 
 
+def padding_share(model: str, data: str, tokens: int) -> float:
+    """How much of the training sentences of a corpus is padding where each gets so many tokens."""
+    from common.text_models import tokenizer_of
+    from edge.data.text import open_text
+
+    source = open_text(data, seed=0, train_limit=None, test_limit=None).train
+    encoded = tokenizer_of(model)(source.sentences, truncation=True, max_length=tokens)["input_ids"]
+    return 1 - statistics.fmean(map(len, encoded)) / tokens
+
+
 def make_text_start(fields: Mapping[str, Any], weights: Path) -> None:
     """Train the encoder that all rows on CoLA start from, and say how good it is."""
     from edge.config import TrainConfig
@@ -191,7 +205,9 @@ def text_setting(table: str, name: str, data: Path, folder: Path, start: Path | 
     if table == "text-chains":
         # Padding is left out, and what crosses is held against 128 tokens of every sentence.
         fields |= {"max_length": 128, "padding": "longest", "ragged": True}
+        share = padding_share(fields["model"], fields["data"], 128)
         caption = re.sub(r"\d+ tokens", "sentences as long as they are", caption)
+        caption += f"; {share:.1%} of 128 tokens a sentence would be padding, which does not cross"
     else:
         fields |= {"padding": "max", "ragged": False}
     device = ("--gpu", "0") if name == "full" else ("--cpu",)
@@ -379,11 +395,11 @@ def write_section(title: str, about: str, printed: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a table; return 0 where its target is met, else 1."""
     parser = argparse.ArgumentParser(prog="benchmarks/reproduce.py", description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=[*TABLES, "flops", "time", "plot"])
+    parser.add_argument("table", choices=[*TABLES, *OTHERS])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="the published setting; wants a GPU")
     size.add_argument("--quick", action="store_true", help="see that it runs; proves nothing")
-    size.add_argument("--steps", type=int, default=SHORT_STEPS, metavar="N", help="of a schedule on CoLA")
+    size.add_argument("--steps", type=int, metavar="N", help="of a schedule on CoLA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each of every row")
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="only these, from 0 for none")
     parser.add_argument("--data", type=Path, metavar="PATH", help="holds cifar10/ and cola/")
@@ -393,20 +409,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--print", action="store_true", help="only print and write what was measured before")
     options = parser.parse_args(argv)
     prepare_process()
-    if options.table in ("flops", "time", "plot"):
+    if options.table in OTHERS:
         from benchmarks import reproduce_more
 
         return int(getattr(reproduce_more, options.table)(options))
     name = "full" if options.full else "quick" if options.quick else "cpu"
     kind, rows = TABLES[options.table]
-    if options.steps != SHORT_STEPS:
-        if kind != "text":
-            parser.error("--steps is for tables on CoLA")
-        name = f"cpu-{options.steps}"
+    if options.steps is not None and kind != "text":
+        parser.error("--steps is for tables on CoLA")
+    steps = options.steps or (DECAY_STEPS if options.table == "decay" else SHORT_STEPS)
+    if name == "cpu" and steps != SHORT_STEPS:
+        name = f"cpu-{steps}"
     data = options.data or Path(os.environ.get("ISTHMUS_DATA") or ROOT.parent / "shared" / "data")
     with tempfile.TemporaryDirectory() as folder:
         if kind == "text":
-            setting = text_setting(options.table, name, data, Path(folder), options.start, options.steps)
+            setting = text_setting(options.table, name, data, Path(folder), options.start, steps)
         elif options.print:
             setting = Setting(name, "as kept", {}, 1.0, (), 1)
         else:
@@ -426,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(printed)
     if name != "quick":
         longer = longer_schedule(name)
-        given = " --full" if options.full else f" --steps {options.steps}" if longer else ""
+        given = " --full" if options.full else f" --steps {options.steps}" if options.steps else ""
         about = f"`python -m benchmarks.reproduce {options.table}{given}`: {setting.caption}."
         write_section(f"Reproduced: {options.table}{longer}", about, printed)
     return 0 if met else 1
