@@ -163,7 +163,9 @@ def make_text_start(fields: Mapping[str, Any], weights: Path) -> None:
     print(f"the start: accuracy {result.accuracy:.2%}, MCC {result.mcc:.3f}", flush=True)
 
 
-def text_setting(table: str, name: str, data: Path, folder: Path, start: Path | None, steps: int) -> Setting:
+def text_setting(
+    table: str, name: str, data: Path, folder: Path, start: Path | None, steps: int, *, train: bool = True
+) -> Setting:
     """How the rows on CoLA are trained; without the published schedule, so many steps from a start made here."""
     if not (data / "cola").is_dir():
         raise SystemExit(f"skipped: CoLA is not there ({data}/cola); say where with --data or ISTHMUS_DATA")
@@ -188,7 +190,7 @@ def text_setting(table: str, name: str, data: Path, folder: Path, start: Path | 
         fields = shared | {"model": minilm(), "chunks": 2, "max_length": 24}
         fields |= {"test_limit": 64} if name == "quick" else {}
         weights = start or folder / "text.safetensors"
-        if not weights.is_file():
+        if train and not weights.is_file():
             make_text_start(fields | {"lr": 8e-5, "steps": start_steps}, weights)
         # A longer schedule can take larger steps.
         lr = 5e-5 if steps <= SHORT_STEPS else 8e-5
@@ -423,7 +425,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = options.data or Path(os.environ.get("ISTHMUS_DATA") or ROOT.parent / "shared" / "data")
     with tempfile.TemporaryDirectory() as folder:
         if kind == "text":
-            setting = text_setting(options.table, name, data, Path(folder), options.start, steps)
+            setting = text_setting(
+                options.table, name, data, Path(folder), options.start, steps, train=not options.print
+            )
         elif options.print:
             setting = Setting(name, "as kept", {}, 1.0, (), 1)
         else:

@@ -147,8 +147,9 @@ class Records:
 
     @property
     def scores(self) -> dict[str, Any]:
-        """The newest loss, accuracy and Matthews' correlation, by name; None where there is none."""
-        return {"loss": self.loss, "accuracy": self.accuracy, "mcc": self.mcc}
+        """The newest loss, accuracy and Matthews' correlation, None where there is none, and `thrown_away`; by name."""
+        made = {"loss": self.loss, "accuracy": self.accuracy, "mcc": self.mcc}
+        return made | {"thrown_away": self.thrown_away}
 
     def summary(self) -> SummaryReport:
         """Sum the run up, and report it."""

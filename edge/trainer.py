@@ -118,11 +118,7 @@ class Trainer:
                 self._progress.note(f"the timeline is in {config.trace}; open it at https://ui.perfetto.dev")
         if stopped is not None:
             raise TrainingStopped(f"{stopped}; {kept(self._config, self.steps)}") from stopped
-        made = {
-            "steps": self.steps,
-            "total_steps": self.total_steps,
-            "thrown_away": self._records.thrown_away,
-        }
+        made = {"steps": self.steps, "total_steps": self.total_steps}
         return TrainResult(**made, **self._records.scores, summary=summary, state=state)
 
     async def _use(

@@ -77,7 +77,7 @@ WRONG_CHOICES = {
     "a limit of no samples": (("--train-limit", "0"), "train-limit"),
     "too few classes": (("--num-classes", "3"), "digits has 10 classes"),
     "a learning rate below nothing": (("--lr", "-1"), "learning rate must be above 0"),
-    "a warm-up longer than the run": (("--schedule", "cosine", "--warmup-steps", "9", "--steps", "4"), "total_steps"),
+    "a warm-up longer than the run": (("--schedule", "cosine", "--warmup-steps", "9", "--steps", "4"), "steps in all"),
     "weights that are not there": (("--weights", "no/such.safetensors"), "no/such.safetensors"),
 }  # fmt: skip
 
