@@ -111,7 +111,7 @@ def time(options: argparse.Namespace) -> bool:
     with shaped_link(1e9) as link:
         for compress, filled, seconds in published.TIMES:
             argv = ["benchmarks.plain_compute", "--steps", "2", "--image-size", size]
-            argv += ["--bottleneck", compress if compress == "conv" else ""]
+            argv += ["--bottleneck", "conv" if compress == "conv" else "none"]
             cost: dict[str, Any] = run_json(argv, clean_environment(MALLOC_HELP))
             run = run_product(
                 link,
