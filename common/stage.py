@@ -256,13 +256,11 @@ class Stage:
         floating = [name for name in before if before[name].is_floating_point() and before[name].numel()]
         if not floating:
             return True
-        now = torch.stack(torch._foreach_norm([self._buffers[name] for name in floating], math.inf))
-        if now.isfinite().all():
-            return True
-        return all(
-            bool(self._buffers[name].isfinite().all()) or not bool(before[name].isfinite().all())
-            for name in floating
+        finite, was_finite = (
+            torch.stack(torch._foreach_norm([buffers[name] for name in floating], math.inf)).isfinite()
+            for buffers in (self._buffers, before)
         )
+        return bool((finite | ~was_finite).all())
 
     def _forget_step(self) -> dict[str, Tensor] | None:
         """Forget chunks and gradients; return the buffers that the step began with."""

@@ -84,8 +84,8 @@ def check_sound(job: Job, state: Mapping[str, Tensor], steps: int) -> None:
     trained = {
         name for partition in job.parts.partitions.values() for name, _ in partition.named_parameters()
     }
-    for name in trained & state.keys():
-        if not state[name].isfinite().all():
+    for name, tensor in state.items():
+        if name in trained and not tensor.isfinite().all():
             raise TrainingStopped(
                 f"the weights of step {steps} are not finite ({name}), so nothing was written to {job.config.save}; "
                 "give a lower --lr"
