@@ -12,7 +12,7 @@ TABLE is one of
     lowrank-image  power iteration, on CIFAR-10: 2 rates
     image-chains   fewer than a fiftieth of the bytes, on CIFAR-10
     flops          multiply-accumulates of the three partitions
-    rates          bytes on the socket of every published row on images, at 224 px, against its formula
+    rates          bytes on the socket of every published row, at its own sizes, against its formula
     time           seconds a batch at 1 Gbit/s, and the link rate that compute can fill
     plot           accuracy against bytes per sample, of everything that was run so far
 
@@ -32,10 +32,10 @@ uncompressed run of the same seed; the target is to lose no more than the publis
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import multiprocessing
-import os
 import re
 import statistics
 import sys
@@ -79,8 +79,8 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "lowrank-image": ("image", published.LOWRANK_IMAGE),
     "image-chains": ("image", published.IMAGE_CHAINS),
 }
-OTHERS = ("flops", "rates", "time", "plot")
-"""Functions of `benchmarks.reproduce_more`."""
+OTHERS = dict.fromkeys(("flops", "time", "plot"), "reproduce_more") | {"rates": "reproduce_rates"}
+"""What trains no row of its own: a function of its name in the module that is named here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,14 @@ def minilm() -> str:
     return f"hf:{Path(found.submodule_search_locations[0]) / 'model'}"
 
 
+def find_cola(data: Path | None) -> Path:
+    """The folder where CoLA's files should be, below that of all data."""
+    found = find_data(data).parent / "cola"
+    if not found.is_dir():
+        raise SystemExit(f"skipped: CoLA is not there ({found}); say where with --data or ISTHMUS_DATA")
+    return found
+
+
 def padding_share(model: str, data: str, tokens: int) -> float:
     """How much of the training sentences of a corpus is padding where each gets so many tokens."""
     from common.text_models import tokenizer_of
@@ -164,13 +172,18 @@ def make_text_start(fields: Mapping[str, Any], weights: Path) -> None:
 
 
 def text_setting(
-    table: str, name: str, data: Path, folder: Path, start: Path | None, steps: int, *, train: bool = True
+    table: str,
+    name: str,
+    data: Path | None,
+    folder: Path,
+    start: Path | None,
+    steps: int,
+    *,
+    train: bool = True,
 ) -> Setting:
     """How the rows on CoLA are trained; without the published schedule, so many steps from a start made here."""
-    if not (data / "cola").is_dir():
-        raise SystemExit(f"skipped: CoLA is not there ({data}/cola); say where with --data or ISTHMUS_DATA")
-    shared = {
-        "data": f"cola:{data / 'cola'}",
+    shared: dict[str, Any] = {
+        "data": f"cola:{find_cola(data)}",
         "batch_size": 32,
         "optimizer": "adamw",
         "schedule": "polynomial",
@@ -186,7 +199,7 @@ def text_setting(
         caption, scale = "RoBERTa-base, 128 tokens, 18 epochs, AdamW with lr 2e-5", 1.0
     else:
         steps, start_steps = (12, 4) if name == "quick" else (steps, START_STEPS)
-        max_length = 128 if table == "lowrank" else 24
+        tokens = 24 if table == "decay" else 128
         fields = shared | {"model": minilm(), "chunks": 2, "max_length": 24}
         fields |= {"test_limit": 64} if name == "quick" else {}
         weights = start or folder / "text.safetensors"
@@ -194,9 +207,9 @@ def text_setting(
             make_text_start(fields | {"lr": 8e-5, "steps": start_steps}, weights)
         # A longer schedule can take larger steps.
         lr = 5e-5 if steps <= SHORT_STEPS else 8e-5
-        fields |= {"lr": lr, "steps": steps, "max_length": max_length, "weights": str(weights.resolve())}
+        fields |= {"lr": lr, "steps": steps, "max_length": tokens, "weights": str(weights.resolve())}
         caption = (
-            f"MiniLM (6 layers, H=384), {max_length} tokens, {steps} steps of 32 sentences after {start_steps} plain "
+            f"MiniLM (6 layers, H=384), {tokens} tokens, {steps} steps of 32 sentences after {start_steps} plain "
             f"ones, AdamW with lr {lr:g}"
         )
         if steps > SHORT_STEPS or table == "lowrank":
@@ -204,19 +217,26 @@ def text_setting(
             fields["amp"] = "bf16"
             caption += ", the middle in bf16"
         scale = steps / 4300
+    # What crosses is held against 128 tokens of every sentence.
     if table == "text-chains":
-        # Padding is left out, and what crosses is held against 128 tokens of every sentence.
         fields |= {"max_length": 128, "padding": "longest", "ragged": True}
         share = padding_share(fields["model"], fields["data"], 128)
         caption = re.sub(r"\d+ tokens", "sentences as long as they are", caption)
         caption += f"; {share:.1%} of 128 tokens a sentence would be padding, which does not cross"
+    elif table == "lowrank" and name != "full":
+        # Padding counts as zeros, so that more of it changes no factor, and takes five times as long.
+        fields |= {"padding": "longest", "ragged": False}
+        caption = re.sub(r"\d+ tokens", "sentences padded to the longest of their chunk", caption)
+        caption += (
+            "; padding counts as zeros to this codec, however long; bytes at 128 tokens stand under rates"
+        )
     else:
         fields |= {"padding": "max", "ragged": False}
     device = ("--gpu", "0") if name == "full" else ("--cpu",)
     return Setting(name, caption, fields, scale, device, 1 if name == "full" else 2)
 
 
-def image_setting(table: str, name: str, data: Path, folder: Path, start: Path | None) -> Setting:
+def image_setting(table: str, name: str, data: Path | None, folder: Path, start: Path | None) -> Setting:
     """How the rows on CIFAR-10 are trained; without the published weights, from a start made here."""
     cifar = find_data(data)
     if not (cifar / "train.zip").is_file():
@@ -351,6 +371,7 @@ def table_text(table: str, setting: Setting, rows: Sequence[Row]) -> tuple[str, 
         "B a sample",
         "accuracy",
         "against none",
+        "s.e.",
         "published",
         "MCC",
         "seeds",
@@ -378,6 +399,7 @@ def table_text(table: str, setting: Setting, rows: Sequence[Row]) -> tuple[str, 
                 f"{statistics.fmean(r.bytes_per_sample for r in mine):,.0f}",
                 f"{statistics.fmean(r.accuracy for r in mine):.2f}",
                 "" if lost is None or row is NONE else f"{lost:+.2f}",
+                "" if len(pairs) < 2 or row is NONE else f"{statistics.stdev(pairs) / len(pairs) ** 0.5:.2f}",
                 "" if theirs is None else f"{theirs:+.2f}",
                 f"{statistics.fmean(mccs):.3f}" if mccs else "",
                 str(len(mine)),
@@ -412,9 +434,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     prepare_process()
     if options.table in OTHERS:
-        from benchmarks import reproduce_more
-
-        return int(getattr(reproduce_more, options.table)(options))
+        module = importlib.import_module(f"benchmarks.{OTHERS[options.table]}")
+        return int(getattr(module, options.table)(options))
     name = "full" if options.full else "quick" if options.quick else "cpu"
     kind, rows = TABLES[options.table]
     if options.steps is not None and kind != "text":
@@ -422,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = options.steps or (DECAY_STEPS if options.table == "decay" else SHORT_STEPS)
     if name == "cpu" and steps != SHORT_STEPS:
         name = f"cpu-{steps}"
-    data = options.data or Path(os.environ.get("ISTHMUS_DATA") or ROOT.parent / "shared" / "data")
+    data = options.data
     with tempfile.TemporaryDirectory() as folder:
         if kind == "text":
             setting = text_setting(

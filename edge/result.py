@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,10 +106,14 @@ def save_state(state: Mapping[str, Tensor], config: TrainConfig, steps: int) -> 
         save_model(config.save, own, bottleneck, metadata)
     except OSError as error:
         said = f"the model of step {steps} could not be written to {config.save}: {error.strerror or error}"
+        instead: Path | None = None
         try:
             instead = Path(tempfile.mkdtemp(prefix="isthmus-"), config.save.name)
             save_model(instead, own, bottleneck, metadata)
         except OSError:
+            if instead is not None:
+                with suppress(OSError):
+                    instead.parent.rmdir()
             raise TrainingStopped(f"{said}; nor to {tempfile.gettempdir()}, so it is lost") from error
         raise TrainingStopped(f"{said}; it is in {instead} instead") from error
 

@@ -45,6 +45,13 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("tmp")
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
 @pytest.fixture
 def old_file(tmp_path):
     path = tmp_path / "model.safetensors"
@@ -52,21 +59,19 @@ def old_file(tmp_path):
     return path
 
 
-def test_a_disk_without_room_stops_training_and_the_old_file_stays(old_file):
+def test_a_disk_without_room_stops_training_and_the_old_file_stays(old_file, elsewhere):
     with full_disk(), pytest.raises(TrainingStopped) as caught:
         save_state(STATE, config_for(old_file), 7)
     assert str(caught.value).startswith(f"the model of step 7 could not be written to {old_file}: ")
     assert "too large" in str(caught.value).lower()  # what the system says
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("so it is lost")  # for no file can be written anywhere
+    assert list(elsewhere.iterdir()) == []
     assert old_file.read_bytes() == b"older"
     assert [entry.name for entry in old_file.parent.iterdir()] == [old_file.name]
 
 
-def test_a_model_that_does_not_fit_its_place_goes_to_a_temporary_folder(old_file, tmp_path, monkeypatch):
-    elsewhere = tmp_path / "tmp"
-    elsewhere.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+def test_a_model_that_does_not_fit_its_place_goes_to_a_temporary_folder(old_file, elsewhere):
     old_file.parent.joinpath("gone").mkdir()
     config = config_for(old_file.parent / "gone" / "model.safetensors")
     config.save.parent.rmdir()
