@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.memory import model_bytes, training_bytes
 from common.memory_format import SAMPLES, choose_memory_format
 from common.models import build_model, is_registered, model_inputs
-from common.narrowing import committed_steps
+from common.narrowing import committed_steps, narrow_to
 from common.partition import Split, split
 from common.propagate import TensorInfo
 from common.spec import JobSpec
@@ -77,6 +77,7 @@ class Middle:
         self._chunk_size = spec.chunk_size
         self._check_size(max_payload)
         reserve(_training_bytes(spec, parts, device))
+        narrow_to(spec.committed, parts.middle)
         self._scale = LossScale(enabled=spec.amp == "fp16")
         self.needs_weights = state_digest(partition_state(parts.middle)) != spec.digest
         middle = parts.middle.to(device.torch_device)
@@ -86,7 +87,7 @@ class Middle:
                 torch.rand(info.batched(min(spec.chunk_size, SAMPLES)), device=device.torch_device).to(
                     info.dtype
                 )
-                for info in parts.cut1
+                for info in parts.crossing(1, spec.committed)
             ]
             choice = choose_memory_format(
                 middle, chunk, option=spec.memory_format, autocast=AMP_DTYPES[amp] if amp else None

@@ -38,6 +38,7 @@ class JobSpec:
         amp: one of `AMP`: autocast on the server.
         digest: of the middle's initial state, so that weights cross only when they differ.
         trace: whether the server reports what it did when.
+        committed: steps that layers which narrow have seen before the first.
     """
 
     model: ModelSpec
@@ -53,6 +54,7 @@ class JobSpec:
     amp: str = "none"
     digest: str = ""
     trace: bool = False
+    committed: int = 0
 
     def __post_init__(self) -> None:
         """Check ranges and choices.
@@ -73,6 +75,7 @@ class JobSpec:
             ("chunk size", self.chunk_size, 1, MAX_CHUNK_SIZE),
             ("chunks in flight", self.in_flight, 1, MAX_CHUNKS),
             ("seed", self.seed, 0, (1 << 63) - 1),
+            ("committed steps", self.committed, 0, (1 << 63) - 1),
             ("the model's seed", self.model.seed, 0, (1 << 63) - 1),
             ("the most tokens", self.model.tokens or 1, 1, LARGEST_LENGTH),
         ):
@@ -134,6 +137,7 @@ _JOB_TYPES: dict[str, type | tuple[type, ...]] = {
     "amp": str,
     "digest": str,
     "trace": bool,
+    "committed": int,
 }
 _MODEL_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str,

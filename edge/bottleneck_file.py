@@ -1,6 +1,7 @@
-"""A bottleneck's own weights in a file, with what they were made for: ``calibrate`` writes, ``--bottleneck`` reads."""
+"""A bottleneck's own weights in a file: that of ``calibrate``, with what they are for, or a whole model's."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.partition import Split
-from common.weights import partition_state, save_model, split_bottleneck
+from common.weights import load_state, partition_state, save_model, split_bottleneck
 
 _FORMAT = "isthmus bottleneck 1"
 
@@ -83,12 +84,43 @@ def load_bottleneck(path: Path, parts: Split, purpose: Purpose) -> None:
         theirs, ours = _described(state.get(name)), _described(expected.get(name))
         if theirs != ours:
             raise UserError(f"{path} holds {name} as {theirs}, and this run has {ours}: calibrate anew")
+    try:
+        _take(parts, state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit together: {' '.join(str(error).split())}") from error
+
+
+def trained_bottleneck(path: Path) -> dict[str, Tensor]:
+    """Return the weights of the bottleneck that a model was trained and saved with; empty where there was none.
+
+    Raises:
+        UserError: there is no such file, or it is none.
+    """
+    return split_bottleneck(load_state(path))[1]
+
+
+def take_trained(parts: Split, state: Mapping[str, Tensor]) -> bool:
+    """Start a split model's bottleneck from what `trained_bottleneck` returned.
+
+    Layers that narrow while they train go on where they were.
+
+    Returns:
+        Whether it is of the same kind and size; if not, nothing has changed.
+    """
+    before = {name: tensor.clone() for name, tensor in _bottleneck_of(parts).items()}
+    if before.keys() != state.keys():
+        return False
+    try:
+        _take(parts, state)
+    except RuntimeError:  # how wide a layer is that narrows shows only as it takes the steps that it has made
+        _take(parts, before)
+        return False
+    return True
+
+
+def _take(parts: Split, state: Mapping[str, Tensor]) -> None:
     for part in parts.partitions.values():
-        own = {name: state[name] for name in part.state_dict() if name in state}
-        try:
-            part.load_state_dict(own, strict=False)
-        except RuntimeError as error:
-            raise UserError(f"{path} does not fit together: {' '.join(str(error).split())}") from error
+        part.load_state_dict({name: state[name] for name in part.state_dict() if name in state}, strict=False)
 
 
 def _bottleneck_of(parts: Split) -> dict[str, Tensor]:

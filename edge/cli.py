@@ -8,8 +8,15 @@ import click
 from click.core import ParameterSource
 
 from common.command import run_cli, run_command
-from edge.cli_options import CALIBRATE_OPTIONS, FLOPS_OPTIONS, SECURITY_OPTIONS, TRAIN_OPTIONS
-from edge.config import DEFAULT_PORT, CalibrateConfig, TrainConfig
+from edge.cli_options import (
+    CALIBRATE_OPTIONS,
+    EVALUATE_OPTIONS,
+    FLOPS_OPTIONS,
+    SECURITY_OPTIONS,
+    SERVER,
+    TRAIN_OPTIONS,
+)
+from edge.config import CalibrateConfig, TrainConfig
 
 
 def _with(options: Sequence[Any]) -> Callable[[Any], Any]:
@@ -27,7 +34,7 @@ def _with(options: Sequence[Any]) -> Callable[[Any], Any]:
     context_settings={"help_option_names": ["-h", "--help"]},
     subcommand_metavar="[COMMAND]",
 )
-@click.option("--server", metavar="HOST:PORT", help=f"The cloud server.  [default port: {DEFAULT_PORT}]")
+@SERVER
 @click.option(
     "--resume",
     metavar="DIR",
@@ -71,6 +78,31 @@ def demo(**options: Any) -> None:
     given = click.get_current_context().get_parameter_source
     fitting = {name: value for name, value in _DEMO.items() if given(name) is ParameterSource.DEFAULT}
     _train({**options, **fitting, "server": "127.0.0.1:1"}, own_server=True)
+
+
+@cli.command()
+@SERVER
+@_with(SECURITY_OPTIONS)
+@_with(EVALUATE_OPTIONS)
+@click.pass_context
+def evaluate(context: click.Context, /, debug: bool, modules: tuple[str, ...], **options: Any) -> None:
+    """Go through the test set with a trained model, over the same link and compressed alike.
+
+    \b
+        edge-client evaluate --server HOST:PORT --compress conv --weights trained.safetensors
+    """  # noqa: D301  (to click it is a backspace: the next lines stay as they are)
+    if options["server"] is None:
+        raise click.UsageError("say where the server is: --server HOST:PORT", context)
+
+    def work() -> None:
+        from common.imports import import_modules
+        from edge.command import evaluate_command
+
+        import_modules(modules)
+        evaluate_command(TrainConfig(**options, epochs=0, augment=False))
+
+    options["cuts"], options["compress"] = tuple(options["cuts"] or ()), tuple(options["compress"])
+    run_command(work, debug=debug)
 
 
 @cli.command()

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from common.choices import AMP, COUNTINGS, MEMORY_FORMATS, OPTIMIZERS, PADDINGS, SCHEDULES
-from edge.config import CalibrateConfig, TrainConfig
+from edge.config import DEFAULT_PORT, CalibrateConfig, TrainConfig
 
 _DEFAULTS = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
 
@@ -67,18 +67,36 @@ _IMPORT = click.option(
 )
 _DEBUG = click.option("--debug", is_flag=True, help="Show tracebacks.")
 
+_RAGGED = click.option(
+    "--ragged/--no-ragged", default=True, show_default=True, help="Do not send the padding of texts."
+)
+_BOTTLENECK = _option(
+    "--bottleneck", "Start the bottleneck from this file of edge-client calibrate.", type=_FILE
+)
+_SEED = _option("--seed", "Of weights, order, augmentation, dropout and rounding.", type=int)
+_AMP = _option("--amp", "Mixed precision on the server.", type=click.Choice(AMP))
+_MEMORY_FORMAT = _option(
+    "--memory-format",
+    "Layout of images in memory; auto measures.",
+    type=click.Choice(MEMORY_FORMATS),
+)
+_TEST_LIMIT = _option("--test-limit", "Use only so many test samples.", type=int)
+_GIVE_UP_AFTER = _option(
+    "--give-up-after", "Seconds without any progress until a lost link ends the run.", type=float
+)
+_METRICS = _option("--metrics", "Write JSON lines here.", type=_FILE)
+_THREADS = _option("--threads", "Threads for computing.  [default: one a core]", type=int)
+
 TRAIN_OPTIONS = (
     *_MODEL_OPTIONS,
-    click.option(
-        "--ragged/--no-ragged", default=True, show_default=True, help="Do not send the padding of texts."
-    ),
-    _option("--bottleneck", "Start the bottleneck from this file of edge-client calibrate.", type=_FILE),
+    _RAGGED,
+    _BOTTLENECK,
     _option("--batch-size", "Samples a step.", type=int),
     _option("--chunks", "Micro-batches a step.", type=int),
     _option("--depth", "Most chunks in flight.  [default: chosen from what the first steps take]", type=int),
     _option("--epochs", "Passes over the training set.", type=int),
     _option("--steps", "Steps in all, instead of epochs.", type=int),
-    _option("--seed", "Of weights, order, augmentation, dropout and rounding.", type=int),
+    _SEED,
     _option("--optimizer", "What trains.  [default: sgd; adamw for text]", type=click.Choice(OPTIMIZERS)),
     _option("--lr", "Learning rate.  [default: 0.02 for sgd, 0.001 for adamw; for text 0.00002]", type=float),
     _option("--momentum", "Of SGD.", type=float),
@@ -95,20 +113,16 @@ TRAIN_OPTIONS = (
     ),
     _option("--power", "Of the polynomial schedule.", type=float),
     _option("--clip-norm", "Largest gradient norm over the whole model.", type=float),
-    _option("--amp", "Mixed precision on the server.", type=click.Choice(AMP)),
-    _option(
-        "--memory-format",
-        "Layout of images in memory; auto measures.",
-        type=click.Choice(MEMORY_FORMATS),
-    ),
-    _option("--threads", "Threads for computing.  [default: one a core]", type=int),
+    _AMP,
+    _MEMORY_FORMAT,
+    _THREADS,
     click.option(
         "--augment/--no-augment", default=True, show_default=True, help="Flip and crop training images."
     ),
-    _option("--train-limit", "Use only so many training images.", type=int),
-    _option("--test-limit", "Use only so many test images.", type=int),
+    _option("--train-limit", "Use only so many training samples.", type=int),
+    _TEST_LIMIT,
     _option("--eval-every", "Evaluate every so many steps; 0 for never.  [default: every epoch]", type=int),
-    _option("--give-up-after", "Seconds without any progress until a lost link ends the run.", type=float),
+    _GIVE_UP_AFTER,
     _option(
         "--checkpoint",
         "Keep in this folder what --resume goes on from; the server keeps its part.",
@@ -117,7 +131,7 @@ TRAIN_OPTIONS = (
     _option("--checkpoint-every", "Steps between checkpoints.", type=int),
     _option("--keep-checkpoints", "How many stay.", type=int),
     _option("--save", "Write the trained model here (safetensors).", type=_FILE),
-    _option("--metrics", "Write JSON lines here.", type=_FILE),
+    _METRICS,
     _option("--trace", "Write a timeline of both sides here (Chrome trace format).", type=_FILE),
     _IMPORT,
     click.option(
@@ -125,6 +139,23 @@ TRAIN_OPTIONS = (
         is_flag=True,
         help="Compute on the CPU. The edge always does; so does the demo's server then.",
     ),
+    _DEBUG,
+)
+
+EVALUATE_OPTIONS = (
+    *_MODEL_OPTIONS,
+    _RAGGED,
+    _BOTTLENECK,
+    _option("--batch-size", "Samples under way at once.", type=int),
+    _option("--chunks", "Messages that those cross in.", type=int),
+    _SEED,
+    _AMP,
+    _MEMORY_FORMAT,
+    _THREADS,
+    _TEST_LIMIT,
+    _GIVE_UP_AFTER,
+    _METRICS,
+    _IMPORT,
     _DEBUG,
 )
 
@@ -137,8 +168,8 @@ CALIBRATE_OPTIONS = (
     _fitting("--steps", "Steps of fitting at each cut, instead of epochs."),
     _fitting("--lr", "Learning rate of fitting, at first; it falls to nothing.", type=float),
     _option("--seed", "Of weights, order and dropout.", type=int),
-    _option("--threads", "Threads for computing.  [default: one a core]", type=int),
-    _option("--train-limit", "Use only so many training images.", type=int),
+    _THREADS,
+    _option("--train-limit", "Use only so many training samples.", type=int),
     _IMPORT,
     _DEBUG,
 )
@@ -175,6 +206,10 @@ FLOPS_OPTIONS = (
     click.option("--plot", type=_FILE, help="Draw MACs and bytes along the model here (.png, .svg, .pdf)."),
     _IMPORT,
     _DEBUG,
+)
+
+SERVER = click.option(
+    "--server", metavar="HOST:PORT", help=f"The cloud server.  [default port: {DEFAULT_PORT}]"
 )
 
 SECURITY_OPTIONS = (

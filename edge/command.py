@@ -1,4 +1,4 @@
-"""Training from the command line: progress on standard output, Ctrl-C, and the demo's own server."""
+"""Training and evaluating from the command line: progress on standard output, Ctrl-C, and the demo's own server."""
 
 import asyncio
 import contextlib
@@ -50,6 +50,19 @@ def train_command(
     sys.stdout.write(f"done: {result.steps} steps{lost}{accuracy}\n")
 
 
+def evaluate_command(config: TrainConfig) -> None:
+    """Evaluate a model as it is; the score is the last line.
+
+    Args:
+        config: what to do; it trains nothing.
+    """
+    try:
+        run(_interruptible(config, None))
+    except Interrupted as interrupted:
+        sys.stdout.write(f"{interrupted}\n")
+        sys.exit(130)
+
+
 async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> TrainResult:
     progress = open_progress(sys.stdout)
     trainer = Trainer(config, progress, resumed=resumed)
@@ -75,7 +88,8 @@ async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> Tra
         return await task
     except asyncio.CancelledError:
         if not trainer.training:
-            raise Interrupted("stopped before the first step") from None
+            what = "the end of the test set" if config.only_evaluates else "the first step"
+            raise Interrupted(f"stopped before {what}") from None
         left = "nothing was saved"
         if config.checkpoint is not None:
             left = f"go on from the last checkpoint by edge-client --resume {config.checkpoint}"

@@ -33,7 +33,7 @@ class TrainConfig:
         batch_size: samples a step.
         chunks: micro-batches a step.
         depth: most chunks in flight; None to choose it from what the first steps take.
-        epochs: passes over the training set; ignored where `steps` is given.
+        epochs: passes over the training set; ignored where `steps` is given. 0 to evaluate the model as it is.
         steps: steps in all.
         seed: of weights, order, augmentation, dropout and rounding.
         optimizer: ``sgd`` or ``adamw``; None for ``sgd``, for text ``adamw``.
@@ -134,7 +134,7 @@ class TrainConfig:
         for name, value, low in (
             ("batch-size", self.batch_size, 1),
             ("chunks", self.chunks, 1),
-            ("epochs", self.epochs, 1),
+            ("epochs", self.epochs, 0),
             ("steps", self.steps, 1),
             ("depth", self.depth, 1),
             ("threads", self.threads, 1),
@@ -171,6 +171,11 @@ class TrainConfig:
             why_not = None if path is None else _why_not(path, in_place=option == "metrics")
             if why_not is not None:
                 raise UserError(f"--{option} {path}: {why_not}")
+
+    @property
+    def only_evaluates(self) -> bool:
+        """Whether nothing is trained."""
+        return self.steps is None and self.epochs == 0
 
     def at(self, server: str) -> "TrainConfig":
         """Return the same settings for another server."""

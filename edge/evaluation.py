@@ -36,7 +36,9 @@ class Evaluations:
         self._job = job
         self._progress = progress
         self._supervisor = supervisor
-        self._done = 0
+        # Before the first step there is nothing to evaluate, unless that is all there is to do.
+        self._before_all = 0 if job.total_steps else -1
+        self._done = self._before_all
         self._chunks = batch_count(job.samples.test_size, job.spec.chunk_size)
         self._scored = 0
         self._score = Score()
@@ -80,7 +82,7 @@ class Evaluations:
 
     def went_back(self) -> None:
         """Training goes on from an earlier step: what comes after it is evaluated anew."""
-        self._done = 0
+        self._done = self._before_all
         self._begin_anew()
 
     def _begin_anew(self) -> None:

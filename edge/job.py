@@ -9,29 +9,24 @@ from torch.func import functional_call
 
 from common import text_config, text_models
 from common.bottleneck import with_bottleneck
-from common.bottleneck_start import start_from_samples, starts_from_samples
 from common.errors import UserError
-from common.inputs import padding_mask
 from common.model_spec import ModelSpec
 from common.models import build_model, default_image_size, is_path, model_inputs
+from common.narrowing import committed_steps
 from common.optim import OptimSpec
 from common.partition import Split, preset_cuts, split
 from common.propagate import TensorInfo
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
-from edge.bottleneck_file import Purpose, load_bottleneck
+from edge.bottleneck_file import Purpose
+from edge.bottleneck_start import start_bottleneck
 from edge.compress import check_fit, check_lengths, check_repetition, parse_compress, with_ragged
 from edge.config import TrainConfig
 from edge.data.datasets import open_dataset
-from edge.data.draws import epoch_order
 from edge.data.loader import batch_count
 from edge.data.samples import ImageSamples, Samples, TextSamples
 from edge.data.text import Tokens, is_text_data, open_text
 from wire.messages import Ready
-
-START_SAMPLES, START_TOKENS = 32, 8192
-"""How many samples bottlenecks are started from: of images so many, of texts those that hold so many tokens or a few
-more. With fewer tokens than a layer has features, most of its axes would be chance."""
 
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 TEXT_LR = {"sgd": 0.005, "adamw": 2e-5}
@@ -51,7 +46,8 @@ class Job:
         parts: the model cut in three, bottlenecks in place.
         initial_state: the names of the whole model's state in order; data only of what no partition uses.
         spec: what to ask the server for.
-        total_steps: steps to make.
+        total_steps: steps to make; 0 for an evaluation alone.
+        started: where the bottleneck's first weights are from, in words; empty where that is the usual place.
     """
 
     config: TrainConfig
@@ -61,6 +57,7 @@ class Job:
     initial_state: Mapping[str, Tensor]
     spec: JobSpec
     total_steps: int
+    started: str = ""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -82,6 +79,11 @@ def prepare(config: TrainConfig) -> Job:
     compression = parse_compress(config.compress)
     check_repetition(compression, varied=config.augment and not text_config.is_text(config.model))
     samples, model_spec = _open(config)
+    if config.only_evaluates and model_spec.weights is None and config.weights != RANDOM:
+        raise UserError(
+            f"{config.model} has random weights: give --weights FILE, as --save wrote it, or --weights DEFAULT for "
+            "torchvision's"
+        )
     model = build_model(model_spec)
     inputs = model_inputs(model_spec)
     total_steps = config.steps or config.epochs * batch_count(samples.train_size, config.batch_size)
@@ -93,12 +95,8 @@ def prepare(config: TrainConfig) -> Job:
         compression = with_ragged(compression, (parts.cut1, parts.cut2))
     check_lengths((parts.dense1, parts.dense2), (parts.cut1, parts.cut2), padding=config.padding)
     check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
-    if config.bottleneck is not None:
-        purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)
-        load_bottleneck(config.bottleneck, parts, purpose)
-    elif any(map(starts_from_samples, compression.bottlenecks)):
-        some = _some_samples(samples, config.seed)
-        start_from_samples(parts, compression.bottlenecks, some, seed=config.seed)
+    purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)
+    started = start_bottleneck(config, parts, purpose, samples)
     used = {name for part in parts.partitions.values() for name in part.state_dict()}
     initial_state = {
         name: tensor.to("meta") if name in used else tensor.clone()
@@ -109,7 +107,7 @@ def prepare(config: TrainConfig) -> Job:
         cuts=cuts,
         bottlenecks=compression.bottlenecks,
         codecs={stream: compression.codecs[stream] for stream in STREAMS},
-        optim=_optim(config, total_steps),
+        optim=_optim(config, max(total_steps, 1)),
         seed=config.seed,
         chunks=config.chunks,
         chunk_size=-(-config.batch_size // config.chunks),
@@ -118,6 +116,7 @@ def prepare(config: TrainConfig) -> Job:
         amp=config.amp,
         digest=state_digest(partition_state(parts.middle)),
         trace=config.trace is not None,
+        committed=committed_steps(*parts.partitions.values()),
     )
     return Job(
         config=config,
@@ -127,6 +126,7 @@ def prepare(config: TrainConfig) -> Job:
         initial_state=initial_state,
         spec=spec,
         total_steps=total_steps,
+        started=started,
     )
 
 
@@ -191,17 +191,6 @@ def _open_text(config: TrainConfig) -> tuple[Samples, ModelSpec]:
     return TextSamples(dataset, tokens, seed=config.seed), spec
 
 
-def _some_samples(samples: Samples, seed: int) -> tuple[Tensor, ...]:
-    """Return the training samples that bottlenecks are started from."""
-    order = epoch_order(samples.train_size, seed, 0)
-    some = samples.plain(order[:START_SAMPLES])
-    mask = padding_mask(some)
-    if mask is None:
-        return some
-    tokens = max(int(mask.sum()), 1)
-    return samples.plain(order[: max(START_SAMPLES, -(-len(mask) * START_TOKENS // tokens))])
-
-
 def _num_classes(config: TrainConfig, classes: Sequence[str]) -> int:
     number = config.num_classes or len(classes)
     if number < len(classes):
@@ -236,7 +225,7 @@ def _check_smallest_chunk(
 
     BatchNorm needs more than one value of each channel, which one small image does not give it.
     """
-    full, rest = divmod(samples, config.batch_size)
+    full, rest = divmod(samples, config.batch_size) if steps else (0, 0)
     batches = [config.batch_size] * (full > 0) + [rest] * (rest > 0 and steps > full)
     single = [size for size in batches if _last_chunk(size, config.chunks) == 1]
     if not single:
@@ -266,10 +255,13 @@ def _known_to_the_server(model: ModelSpec) -> str | None:
 
 
 def describe(job: Job, ready: Ready) -> str:
-    """Say in one line what is about to be trained, and where."""
+    """Say in one line what is about to be trained or evaluated, and where."""
     spec, samples = job.spec, job.samples
+    training = f"{samples.train_size} training and " if job.total_steps else ""
+    started = f" ({job.started})" if job.started else ""
     return (
-        f"{spec.model.name} on {samples.name} ({samples.train_size} training and {samples.test_size} test samples, "
+        f"{spec.model.name} on {samples.name} ({training}{samples.test_size} test samples, "
         f"{samples.what}, {len(samples.classes)} classes), cut after {spec.cuts[0]} and {spec.cuts[1]}, "
-        f"compress {' '.join(job.config.compress)}; the server computes on {ready.device} ({ready.memory_format})"
+        f"compress {' '.join(job.config.compress)}{started}; the server computes on {ready.device} "
+        f"({ready.memory_format})"
     )

@@ -209,7 +209,8 @@ class LiveProgress:
         if self._evaluating is None:
             done, total, what = course.step, course.total_steps, f"{course.epoch_text}, step"
         else:
-            (done, total), what = self._evaluating, f"{course.epoch_text}, evaluating: batch"
+            training = f"{course.epoch_text}, " if course.total_steps else ""
+            (done, total), what = self._evaluating, f"{training}evaluating: batch"
         bar = ProgressBar(total=max(total, 1), completed=done)
         place.add_row(
             f"{what} {done}/{total}", bar, f"{done / max(total, 1):.0%}", f"{course.left_text} left"
@@ -274,7 +275,7 @@ def eval_text(report: EvalReport) -> str:
     """Put an evaluation into words."""
     mcc = "" if report.mcc is None else f", Matthews correlation {report.mcc:.3f}"
     figures = f"accuracy {_percent(report.accuracy)}, loss {_number(report.loss)}{mcc}"
-    return f"test after step {report.step}: {figures}"
+    return f"test{f' after step {report.step}' if report.step else ''}: {figures}"
 
 
 def _number(value: float | None, unit: float = 1.0) -> str:

@@ -122,7 +122,7 @@ def test_what_is_missing_or_unknown_is_named():
         JobSpec.from_map({**values, "spede": 1})
 
 
-@pytest.mark.parametrize("field", ["seed", "chunks", "chunk_size", "in_flight"])
+@pytest.mark.parametrize("field", ["seed", "chunks", "chunk_size", "in_flight", "committed"])
 def test_a_boolean_is_no_number(field):
     with pytest.raises(UserError, match=f"the job's {field} has type bool"):
         JobSpec.from_map({**JOB.to_map(), field: True})
@@ -135,6 +135,7 @@ def test_a_boolean_is_no_number(field):
         ("chunk_size", "chunk size", 1, MAX_CHUNK_SIZE),
         ("in_flight", "chunks in flight", 1, MAX_CHUNKS),
         ("seed", "seed", 0, (1 << 63) - 1),
+        ("committed", "committed steps", 0, (1 << 63) - 1),
     ],
 )
 def test_a_number_out_of_range_is_refused_with_the_range(field, name, low, high):

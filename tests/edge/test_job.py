@@ -12,7 +12,7 @@ from common.models import build_model, register_model
 from common.partition import image_input, split
 from common.spec import STREAMS, JobSpec
 from common.weights import merge_states, partition_state, save_model, split_bottleneck, state_digest
-from edge import job
+from edge import bottleneck_start
 from edge.config import TrainConfig
 from edge.job import describe, prepare
 from tests.wire.pair import SAMPLES
@@ -283,8 +283,8 @@ class Pictures:
 
 
 def test_bottlenecks_start_from_as_many_texts_as_hold_enough_tokens(monkeypatch):
-    monkeypatch.setattr(job, "START_TOKENS", 600)
-    assert len(job._some_samples(Texts(), 0)[0]) == 100
-    monkeypatch.setattr(job, "START_TOKENS", 60)
-    assert len(job._some_samples(Texts(), 0)[0]) == job.START_SAMPLES
-    assert len(job._some_samples(Pictures(), 0)[0]) == job.START_SAMPLES
+    monkeypatch.setattr(bottleneck_start, "START_TOKENS", 600)
+    assert len(bottleneck_start._some_samples(Texts(), 0)[0]) == 100
+    monkeypatch.setattr(bottleneck_start, "START_TOKENS", 60)
+    assert len(bottleneck_start._some_samples(Texts(), 0)[0]) == bottleneck_start.START_SAMPLES
+    assert len(bottleneck_start._some_samples(Pictures(), 0)[0]) == bottleneck_start.START_SAMPLES
