@@ -26,7 +26,7 @@ server with a GPU: RoBERTa-base from the hub, 128 tokens, 224 px, ImageNet weigh
 docs/reproduced.json, a record for each row and seed, so that a table may be run in pieces and the plot has all of it.
 
 A rate is that of the last step, bytes on the socket over dense fp32. Accuracies of one seed are paired with the
-uncompressed run of the same seed; the target is to lose no more than the published row does.
+uncompressed run of the same seed; the target is to lose no more than the published row does, at its last digit.
 """
 
 from __future__ import annotations
@@ -387,7 +387,9 @@ def table_text(table: str, setting: Setting, rows: Sequence[Row]) -> tuple[str, 
         theirs = None if row.accuracy is None else row.accuracy - base
         verdict = ""
         if lost is not None and theirs is not None:
-            good = round(lost, 6) >= round(min(theirs, 0.0), 6)  # sums of fractions end in noise
+            # At the last published digit: of CoLA's 1,043 sentences one is 0.1, of CIFAR-10's images one 0.01.
+            digits = 1 if kind == "text" else 2
+            good = round(lost, digits) >= round(min(theirs, 0.0), digits)
             met &= good
             verdict = "pass" if good else "FAIL"
         mccs = [r.mcc for r in mine if r.mcc is not None]

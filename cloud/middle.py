@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.memory import model_bytes, training_bytes
 from common.memory_format import SAMPLES, choose_memory_format
 from common.models import build_model, is_registered, model_inputs
-from common.narrowing import committed_steps, narrow_to
+from common.narrowing import committed_steps, narrow_to, narrowing_layers
 from common.partition import Split, split
 from common.propagate import TensorInfo
 from common.spec import JobSpec
@@ -74,7 +74,7 @@ class Middle:
         parts.front.free()
         parts.back.free()
         self._parts = parts
-        self._chunk_size = spec.chunk_size
+        self._chunk_size, self._committed = spec.chunk_size, spec.committed
         self._check_size(max_payload)
         reserve(_training_bytes(spec, parts, device))
         narrow_to(spec.committed, parts.middle)
@@ -185,6 +185,11 @@ class Middle:
             self.stage.partition.load_state_dict(dict(state), strict=True)
         except RuntimeError as error:
             raise CorruptPayload(f"the weights do not fit: {' '.join(str(error).split())}") from error
+        for layer in narrowing_layers(self.stage.partition):
+            if layer.committed != self._committed:
+                raise CorruptPayload(
+                    f"the weights are those after {layer.committed} steps, and the job begins after {self._committed}"
+                )
         self.needs_weights = False
 
     def backward(self, chunk: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

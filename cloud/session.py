@@ -99,6 +99,7 @@ class Session:
         self.middle = middle = await self.lanes.run(
             COMPUTE, "build", partial(Middle, self.spec, self._device, reserve=reserve)
         )
+        self.applied = middle.committed
         self.lanes.turn = self._share  # building takes long, and whoever is training does not wait for it
         self.work = Work(middle, self._streams, self.spec.seed)
         self.training = self.new_streams()

@@ -1,10 +1,9 @@
 """Models by name: torchvision's classifiers, Hugging Face's text encoders and those that a user registers."""
 
 import difflib
-import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -14,20 +13,16 @@ from torch import Tensor, nn
 
 from common import text_config, text_models
 from common.errors import UserError
+from common.matching import AUXILIARY, load_matching
 from common.model_spec import ModelSpec
 from common.partition import image_input
 from common.propagate import TensorInfo
 from common.stage import seeded
 from common.vision import models as vision_models
-from common.weights import BOTTLENECK_PREFIX, load_state
-
-_log = logging.getLogger(__name__)
+from common.weights import load_state
 
 _registered: dict[str, Callable[..., nn.Module]] = {}
 _registering = threading.Lock()
-
-# Heads that exist only to train these two, and make their outputs tuples.
-_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 DEFAULT_IMAGE_SIZE = 224
 
@@ -98,7 +93,9 @@ def model_inputs(spec: ModelSpec) -> tuple[TensorInfo, ...]:
     return text_config.inputs_of(spec.config, spec.tokens or text_config.DEFAULT_TOKENS)
 
 
-def build_model(spec: ModelSpec, *, offline: bool = False, device: str = "cpu") -> nn.Module:
+def build_model(
+    spec: ModelSpec, *, offline: bool = False, device: str = "cpu", whole: bool = False
+) -> nn.Module:
     """Build a model on the CPU, in training mode: a pure function of the spec and of the file that it names.
 
     Random weights come from torch's default generator seeded with ``spec.seed``, which is put back as it was.
@@ -107,6 +104,7 @@ def build_model(spec: ModelSpec, *, offline: bool = False, device: str = "cpu") 
         spec: what to build.
         offline: take a text model's weights from this machine, and fetch none.
         device: ``meta`` for a structure that takes no memory, of random weights only.
+        whole: the weights are to hold a classifier of as many classes, which otherwise starts anew.
 
     Raises:
         UserError: no such model or weights, weights that cannot be fetched or read, or that belong to another
@@ -121,16 +119,17 @@ def build_model(spec: ModelSpec, *, offline: bool = False, device: str = "cpu") 
         if not 1 <= number <= most:
             raise UserError(f"the {what} must be from 1 to {most}, not {number}")
     if spec.config is not None and spec.weights == text_models.PRETRAINED:
-        return _build_text(spec, spec.config, pretrained=True, offline=offline)
+        return _build_text(spec, spec.config, pretrained=True, offline=offline, whole=whole)
     if spec.config is not None and spec.weights is not None and not is_path(spec.weights):
         raise UserError(
             f"{spec.name} has no weights {spec.weights!r}; there are pretrained and random; or give a .safetensors or "
             ".pt file's path"
         )
-    if spec.weights is None or spec.name in _registered or is_path(spec.weights):
+    file = weights_file(spec)
+    if spec.weights is None or file is not None:
         model = _build_random(spec, device=device)
-        if spec.weights is not None:
-            load_matching(model, load_state(Path(spec.weights)), spec, spec.weights)
+        if file is not None:
+            load_matching(model, load_state(file), spec, str(spec.weights), whole=whole)
         return model.train()
     pretrained = _build_pretrained(spec)
     size = spec.image_size or default_image_size(spec.name, spec.weights)
@@ -140,50 +139,8 @@ def build_model(spec: ModelSpec, *, offline: bool = False, device: str = "cpu") 
         return pretrained.train()
     transform_input = getattr(pretrained, "transform_input", False)
     model = _build_random(spec, image_size=size, transform_input=transform_input)
-    load_matching(model, _resized(pretrained.state_dict(), spec, size), spec, spec.weights)
+    load_matching(model, _resized(pretrained.state_dict(), spec, size), spec, spec.weights, whole=whole)
     return model.train()
-
-
-def load_matching(model: nn.Module, state: Mapping[str, Tensor], spec: ModelSpec, source: str) -> None:
-    """Load a state dict into a model, all of it, but for a last layer that has another number of classes.
-
-    Args:
-        model: as built for ``spec``.
-        state: by parameter and buffer name. Auxiliary heads and a bottleneck's weights are passed over.
-        spec: what the model was built from.
-        source: the weights' name or path, for messages.
-
-    Raises:
-        UserError: names that differ, or shapes other than that of the last layer.
-    """
-    skipped = (*_AUXILIARY.get(spec.name, ()), BOTTLENECK_PREFIX)
-    given = {name: tensor for name, tensor in state.items() if not name.startswith(skipped)}
-    own = model.state_dict()
-    differing = [
-        f"{what} {_some(names)}"
-        for what, names in (
-            ("it lacks", own.keys() - given.keys()),
-            ("it has besides", given.keys() - own.keys()),
-        )
-        if names
-    ]
-    if differing:
-        raise UserError(f"{source} is not a state dict of {spec.name}: {'; '.join(differing)}")
-    misshapen = [name for name in own if own[name].shape != given[name].shape]
-    layers = {name.rpartition(".")[0] for name in misshapen}
-    is_classifier = len(layers) == 1 and all(
-        own[name].shape[1:] == given[name].shape[1:] and own[name].shape[0] == spec.num_classes
-        for name in misshapen
-    )
-    if misshapen and not is_classifier:
-        name = misshapen[0]
-        raise UserError(
-            f"{source} does not fit {spec.name}: {name} is {tuple(given[name].shape)} there and "
-            f"{tuple(own[name].shape)} here ({len(misshapen)} tensors differ)"
-        )
-    if misshapen:
-        _log.info("%s has another number of classes: %s starts anew", source, layers.pop())
-    model.load_state_dict({**given, **{name: own[name] for name in misshapen}}, strict=True)
 
 
 def _check_name(name: str) -> None:
@@ -200,6 +157,13 @@ def _check_name(name: str) -> None:
 def is_path(weights: str) -> bool:
     """Tell a state dict's file from torchvision's name of weights."""
     return weights.endswith((".safetensors", ".pt", ".pth")) or "/" in weights
+
+
+def weights_file(spec: ModelSpec) -> Path | None:
+    """Return the file of a state dict that a spec names as weights; those of a registered model are always one."""
+    if spec.weights is None or not (spec.name in _registered or is_path(spec.weights)):
+        return None
+    return Path(spec.weights)
 
 
 def _named_weights(name: str, weights: str) -> Any:
@@ -220,7 +184,7 @@ def _input_size_option(name: str) -> str | None:
 
 def _builder_options(spec: ModelSpec, image_size: int | None, transform_input: bool) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    if spec.name in _AUXILIARY:
+    if spec.name in AUXILIARY:
         options |= {"aux_logits": False, "transform_input": transform_input}
         # Without the option torchvision warns; with it each layer takes a truncated normal, as published.
         options |= {"init_weights": True}
@@ -237,6 +201,7 @@ def _build_text(
     pretrained: bool = False,
     offline: bool = True,
     device: str = "cpu",
+    whole: bool = False,
 ) -> nn.Module:
     return text_models.build_text_model(
         spec.name,
@@ -246,6 +211,7 @@ def _build_text(
         pretrained=pretrained,
         offline=offline,
         device=device,
+        whole=whole,
     )
 
 
@@ -271,7 +237,7 @@ def _build_random(
 def _build_pretrained(spec: ModelSpec) -> nn.Module:
     assert spec.weights is not None
     chosen = _named_weights(spec.name, spec.weights)
-    options = {"aux_logits": False} if spec.name in _AUXILIARY else {}
+    options = {"aux_logits": False} if spec.name in AUXILIARY else {}
     try:
         model = vision_models.get_model(spec.name, weights=chosen, progress=False, **options)
     except (URLError, OSError, RuntimeError) as error:
@@ -291,9 +257,3 @@ def _resized(state: Mapping[str, Tensor], spec: ModelSpec, size: int) -> Mapping
     resize = vision_models.vision_transformer.interpolate_embeddings
     resized: Mapping[str, Tensor] = resize(size, patch, OrderedDict(state))
     return resized
-
-
-def _some(names: Set[str]) -> str:
-    shown = sorted(names)[:3]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return ", ".join(shown) + more

@@ -38,7 +38,7 @@ class JobSpec:
         amp: one of `AMP`: autocast on the server.
         digest: of the middle's initial state, so that weights cross only when they differ.
         trace: whether the server reports what it did when.
-        committed: steps that layers which narrow have seen before the first.
+        committed: steps that layers which narrow have seen before the job's first.
     """
 
     model: ModelSpec
@@ -75,7 +75,7 @@ class JobSpec:
             ("chunk size", self.chunk_size, 1, MAX_CHUNK_SIZE),
             ("chunks in flight", self.in_flight, 1, MAX_CHUNKS),
             ("seed", self.seed, 0, (1 << 63) - 1),
-            ("committed steps", self.committed, 0, (1 << 63) - 1),
+            ("committed steps", self.committed, 0, 1 << 53),
             ("the model's seed", self.model.seed, 0, (1 << 63) - 1),
             ("the most tokens", self.model.tokens or 1, 1, LARGEST_LENGTH),
         ):

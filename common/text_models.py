@@ -101,6 +101,7 @@ def build_text_model(
     pretrained: bool,
     offline: bool,
     device: str = "cpu",
+    whole: bool = False,
 ) -> nn.Module:
     """Build a text classifier on the CPU, in training mode.
 
@@ -113,6 +114,7 @@ def build_text_model(
         pretrained: start from the weights that come with the configuration, else from random ones.
         offline: take what is on this machine and fetch nothing.
         device: ``meta`` for a structure that takes no memory.
+        whole: the checkpoint is to hold all weights, the classifier's too.
 
     Raises:
         UserError: no such weights, or a configuration that makes no model.
@@ -133,7 +135,11 @@ def build_text_model(
     if parameters > MOST_PARAMETERS:
         raise UserError(f"{name} has {parameters:,} parameters; {MOST_PARAMETERS:,} are allowed")
     with seeded(seed, torch.device("cpu")), torch.device(device):
-        model = _pretrained(library, name, parsed, offline) if pretrained else _random(library, name, parsed)
+        model = (
+            _pretrained(library, name, parsed, offline, whole)
+            if pretrained
+            else _random(library, name, parsed)
+        )
     assert isinstance(model, nn.Module)
     return model.train()
 
@@ -146,7 +152,7 @@ def _random(library: Any, name: str, config: Any) -> Any:
         raise UserError(f"the configuration of {name} makes no model: {_line(error)}") from error
 
 
-def _pretrained(library: Any, name: str, config: Any, offline: bool) -> Any:
+def _pretrained(library: Any, name: str, config: Any, offline: bool, whole: bool) -> Any:
     try:
         model, info = library.AutoModelForSequenceClassification.from_pretrained(
             _where(name),
@@ -162,6 +168,11 @@ def _pretrained(library: Any, name: str, config: Any, offline: bool) -> Any:
         # A damaged or foreign file raises whatever its reader met first.
         raise UserError(f"the weights of {name} could not be read: {_line(error)}") from error
     fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if fresh and whole:
+        raise UserError(
+            f"{name} has no {', '.join(fresh)} for {config.num_labels} classes: it was not trained for this; give "
+            "--weights FILE, as --save wrote it"
+        )
     if fresh:
         _log.info("%s has no %s: they start anew", name, ", ".join(fresh))
     return model

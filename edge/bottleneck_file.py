@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,28 +91,53 @@ def load_bottleneck(path: Path, parts: Split, purpose: Purpose) -> None:
         raise UserError(f"{path} does not fit together: {' '.join(str(error).split())}") from error
 
 
-def trained_bottleneck(path: Path) -> dict[str, Tensor]:
-    """Return the weights of the bottleneck that a model was trained and saved with; empty where there was none.
+@dataclass(frozen=True)
+class Trained:
+    """The bottleneck that a model was trained and saved with.
+
+    Attributes:
+        state: its weights.
+        cuts: where it was; None where the file does not say.
+    """
+
+    state: Mapping[str, Tensor]
+    cuts: tuple[str, ...] | None
+
+    def at_other_cuts(self, purpose: Purpose) -> str:
+        """Say, where it was at other cuts than these, at which; else nothing."""
+        if self.cuts is None or self.cuts == purpose.cuts:
+            return ""
+        return f", but cut after {' and '.join(self.cuts)}"
+
+
+def read_trained(path: Path) -> Trained | None:
+    """Read the bottleneck from a file of a model's weights; None where they were trained without one.
 
     Raises:
         UserError: there is no such file, or it is none.
     """
-    return split_bottleneck(load_state(path))[1]
+    state = split_bottleneck(load_state(path))[1]
+    if not state:
+        return None
+    cuts = None
+    with suppress(SafetensorError, ValueError), safe_open(path, "pt") as file:
+        cuts = json.loads((file.metadata() or {}).get("cuts", "null"))
+    return Trained(state, tuple(map(str, cuts)) if isinstance(cuts, list) else None)
 
 
-def take_trained(parts: Split, state: Mapping[str, Tensor]) -> bool:
-    """Start a split model's bottleneck from what `trained_bottleneck` returned.
+def take_trained(parts: Split, trained: Trained, purpose: Purpose) -> bool:
+    """Start a split model's bottleneck from one that was trained.
 
     Layers that narrow while they train go on where they were.
 
     Returns:
-        Whether it is of the same kind and size; if not, nothing has changed.
+        Whether it is of the same kind and size, and at the same cuts; if not, nothing has changed.
     """
     before = {name: tensor.clone() for name, tensor in _bottleneck_of(parts).items()}
-    if before.keys() != state.keys():
+    if before.keys() != trained.state.keys() or trained.at_other_cuts(purpose):
         return False
     try:
-        _take(parts, state)
+        _take(parts, trained.state)
     except RuntimeError:  # how wide a layer is that narrows shows only as it takes the steps that it has made
         _take(parts, before)
         return False

@@ -74,7 +74,7 @@ def calibrate(config: CalibrateConfig, progress: FitProgress) -> list[Fitted]:
         raise UserError(
             f"--compress {' '.join(config.compress)} inserts nothing to calibrate; use conv, linear or decay"
         )
-    job = prepare(config.training())
+    job = prepare(config.training(), fresh_bottleneck=True)
     with Recording() as recording:
         fitted = list(_fit_all(job, config, recording, progress))
     spec = job.spec

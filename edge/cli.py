@@ -99,7 +99,7 @@ def evaluate(context: click.Context, /, debug: bool, modules: tuple[str, ...], *
         from edge.command import evaluate_command
 
         import_modules(modules)
-        evaluate_command(TrainConfig(**options, epochs=0, augment=False))
+        evaluate_command(TrainConfig(**options, only_evaluates=True, augment=False))
 
     options["cuts"], options["compress"] = tuple(options["cuts"] or ()), tuple(options["compress"])
     run_command(work, debug=debug)

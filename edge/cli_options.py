@@ -32,8 +32,8 @@ _MODEL_OPTIONS = (
     ),
     _option(
         "--weights",
-        "Pretrained weights by torchvision's name (DEFAULT), a state-dict file, or random.  [default: random; "
-        "for text those that come with the model]",
+        "Pretrained weights by torchvision's name (DEFAULT), a state-dict file, or random. A file of --save brings "
+        "its bottleneck, too.  [default: random; for text those that come with the model]",
     ),
     _option(
         "--cut",

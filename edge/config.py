@@ -19,7 +19,8 @@ class TrainConfig:
         server: ``HOST:PORT`` of the cloud server.
         model: a name from torchvision's classifiers, a registered one, or ``hf:`` and a text model's name or folder.
         weights: torchvision's name of pretrained weights, a state-dict file, ``random``, or None for random ones,
-            for text those that come with the model.
+            for text those that come with the model. A file that `save` named brings the bottleneck, too, where
+            `compress` has the same.
         cuts: the two cut points; empty for the model's preset.
         data: a data set's name, ``folder:PATH``; for text ``cola:PATH`` or ``hf:NAME``.
         data_root: where downloaded data sets lie.
@@ -29,11 +30,12 @@ class TrainConfig:
         ragged: leave the padding of texts out of what crosses.
         num_classes: of the classifier; None for the data set's.
         compress: values of ``--compress``; one of them may stand without a tuple.
-        bottleneck: file of ``edge-client calibrate`` that the bottleneck starts from; None for the first images.
+        bottleneck: file of ``edge-client calibrate`` that the bottleneck starts from; None for that in `weights`, or
+            else for the first samples.
         batch_size: samples a step.
         chunks: micro-batches a step.
         depth: most chunks in flight; None to choose it from what the first steps take.
-        epochs: passes over the training set; ignored where `steps` is given. 0 to evaluate the model as it is.
+        epochs: passes over the training set; ignored where `steps` is given.
         steps: steps in all.
         seed: of weights, order, augmentation, dropout and rounding.
         optimizer: ``sgd`` or ``adamw``; None for ``sgd``, for text ``adamw``.
@@ -59,6 +61,7 @@ class TrainConfig:
         save: where the trained model goes.
         metrics: where JSON lines go.
         trace: where the timeline goes.
+        only_evaluates: test the model as it is, and train nothing; what says how to train counts for nothing then.
         token_file: holds the token that the server asks for.
         tls: encrypt, and have the system's authorities know the server's certificate.
         tls_fingerprint: SHA-256 of the certificate that the server has to show, 64 hexadecimal digits; encrypts.
@@ -108,6 +111,7 @@ class TrainConfig:
     save: Path | None = None
     metrics: Path | None = None
     trace: Path | None = None
+    only_evaluates: bool = False
     token_file: Path | None = None
     tls: bool = False
     tls_fingerprint: str | None = None
@@ -134,7 +138,7 @@ class TrainConfig:
         for name, value, low in (
             ("batch-size", self.batch_size, 1),
             ("chunks", self.chunks, 1),
-            ("epochs", self.epochs, 0),
+            ("epochs", self.epochs, 1),
             ("steps", self.steps, 1),
             ("depth", self.depth, 1),
             ("threads", self.threads, 1),
@@ -153,6 +157,8 @@ class TrainConfig:
                 raise UserError(f"--{name} must be at least {low}, not {value}")
         if self.seed > _LARGEST_SEED:
             raise UserError(f"--seed must be at most {_LARGEST_SEED}, not {self.seed}")
+        if self.only_evaluates and (self.save is not None or self.checkpoint is not None):
+            raise UserError("where nothing is trained there is nothing for --save or --checkpoint to keep")
         if self.batch_size < self.chunks:
             raise UserError(
                 f"a batch of {self.batch_size} cannot be cut into {self.chunks} chunks: "
@@ -171,11 +177,6 @@ class TrainConfig:
             why_not = None if path is None else _why_not(path, in_place=option == "metrics")
             if why_not is not None:
                 raise UserError(f"--{option} {path}: {why_not}")
-
-    @property
-    def only_evaluates(self) -> bool:
-        """Whether nothing is trained."""
-        return self.steps is None and self.epochs == 0
 
     def at(self, server: str) -> "TrainConfig":
         """Return the same settings for another server."""

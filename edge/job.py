@@ -11,7 +11,7 @@ from common import text_config, text_models
 from common.bottleneck import with_bottleneck
 from common.errors import UserError
 from common.model_spec import ModelSpec
-from common.models import build_model, default_image_size, is_path, model_inputs
+from common.models import build_model, default_image_size, is_path, model_inputs, weights_file
 from common.narrowing import committed_steps
 from common.optim import OptimSpec
 from common.partition import Split, preset_cuts, split
@@ -69,8 +69,12 @@ class Job:
         return partition_state(self.parts.middle)
 
 
-def prepare(config: TrainConfig) -> Job:
+def prepare(config: TrainConfig, *, fresh_bottleneck: bool = False) -> Job:
     """Open the data, build and cut the model, and write the job down.
+
+    Args:
+        config: what was asked for.
+        fresh_bottleneck: leave a bottleneck alone that comes with the model's weights.
 
     Raises:
         UserError: anything in the settings that does not exist or does not fit.
@@ -81,14 +85,14 @@ def prepare(config: TrainConfig) -> Job:
     samples, model_spec = _open(config)
     if config.only_evaluates and model_spec.weights is None and config.weights != RANDOM:
         raise UserError(
-            f"{config.model} has random weights: give --weights FILE, as --save wrote it, or --weights DEFAULT for "
-            "torchvision's"
+            f"{config.model} has random weights: give those that were trained, as --weights FILE or by name"
         )
-    model = build_model(model_spec)
+    model = build_model(model_spec, whole=config.only_evaluates)
     inputs = model_inputs(model_spec)
     total_steps = config.steps or config.epochs * batch_count(samples.train_size, config.batch_size)
+    total_steps = 0 if config.only_evaluates else total_steps
     if model_spec.config is None:
-        _check_smallest_chunk(model, config, inputs, samples=samples.train_size, steps=total_steps)
+        _check_smallest_chunk(model, config, inputs, samples=samples.train_size, steps=max(total_steps, 1))
     cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model, model)
     parts = with_bottleneck(split(model, cuts, inputs), compression.bottlenecks, seed=config.seed)
     if config.ragged and not text_config.mixes_padding(model_spec.config):
@@ -96,7 +100,8 @@ def prepare(config: TrainConfig) -> Job:
     check_lengths((parts.dense1, parts.dense2), (parts.cut1, parts.cut2), padding=config.padding)
     check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
     purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)
-    started = start_bottleneck(config, parts, purpose, samples)
+    trained = None if fresh_bottleneck else weights_file(model_spec)
+    started = start_bottleneck(config, parts, purpose, samples, trained=trained)
     used = {name for part in parts.partitions.values() for name in part.state_dict()}
     initial_state = {
         name: tensor.to("meta") if name in used else tensor.clone()
@@ -107,7 +112,7 @@ def prepare(config: TrainConfig) -> Job:
         cuts=cuts,
         bottlenecks=compression.bottlenecks,
         codecs={stream: compression.codecs[stream] for stream in STREAMS},
-        optim=_optim(config, max(total_steps, 1)),
+        optim=OptimSpec() if config.only_evaluates else _optim(config, total_steps),
         seed=config.seed,
         chunks=config.chunks,
         chunk_size=-(-config.batch_size // config.chunks),
@@ -225,7 +230,7 @@ def _check_smallest_chunk(
 
     BatchNorm needs more than one value of each channel, which one small image does not give it.
     """
-    full, rest = divmod(samples, config.batch_size) if steps else (0, 0)
+    full, rest = divmod(samples, config.batch_size)
     batches = [config.batch_size] * (full > 0) + [rest] * (rest > 0 and steps > full)
     single = [size for size in batches if _last_chunk(size, config.chunks) == 1]
     if not single:

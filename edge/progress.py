@@ -201,6 +201,8 @@ class LiveProgress:
 
     def _render(self) -> Group:
         course = self._course
+        if self._evaluating is None and not course.total_steps:
+            return Group()  # an evaluation alone, which begins or is over
         place = Table.grid(padding=(0, 2, 0, 0), expand=True)
         place.add_column(no_wrap=True)
         place.add_column(ratio=1)

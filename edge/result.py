@@ -1,5 +1,6 @@
 """What a run leaves behind: figures, and the whole trained model."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -71,7 +72,7 @@ def write_model(job: Job, state: Mapping[str, Tensor], steps: int, stopped: Exce
     """
     try:
         check_sound(job, state, steps)
-        save_state(state, job.config, steps)
+        save_state(state, job.config, steps, job.spec.cuts)
     except TrainingStopped as failed:
         raise TrainingStopped(f"{stopped}; {failed}" if stopped else str(failed)) from failed
 
@@ -93,8 +94,10 @@ def check_sound(job: Job, state: Mapping[str, Tensor], steps: int) -> None:
             )
 
 
-def save_state(state: Mapping[str, Tensor], config: TrainConfig, steps: int) -> None:
+def save_state(state: Mapping[str, Tensor], config: TrainConfig, steps: int, cuts: tuple[str, str]) -> None:
     """Write the trained model where `config.save` says, whole or not at all; if not there, to a temporary folder.
+
+    A bottleneck's place goes into the file's header: it is of use at these cuts only.
 
     Raises:
         TrainingStopped: the disk is full, or the file cannot be written; says where the model is instead.
@@ -102,6 +105,8 @@ def save_state(state: Mapping[str, Tensor], config: TrainConfig, steps: int) -> 
     assert config.save is not None
     own, bottleneck = split_bottleneck(state)
     metadata = {"model": config.model, "steps": str(steps)}
+    if bottleneck:
+        metadata["cuts"] = json.dumps(cuts)
     try:
         save_model(config.save, own, bottleneck, metadata)
     except OSError as error:
@@ -133,6 +138,8 @@ def write_trace(tracer: Tracer, path: Path) -> None:
 
 def kept(config: TrainConfig, steps: int) -> str:
     """Say what is left of a run that ended early, after so many steps."""
+    if config.only_evaluates:
+        return "the test set was not gone through"
     if steps == 0:
         return "no step had been made, so nothing was saved"
     if config.save is None:

@@ -229,7 +229,10 @@ class Trainer:
             if self._saves is not None and self._saves.wants(outcome.step, last=last):
                 await self._saves.save(context, link)
             if self._evaluations.is_due(outcome.step):
-                await self._evaluate(outcome.step)
+                channels_last = self._feed.channels_last
+                score = await self._evaluations.run(self._pipeline, outcome.step, channels_last=channels_last)
+                if score is not None:
+                    self._records.evaluated(outcome.step, score)
             elif last:
                 break
             else:
@@ -262,11 +265,6 @@ class Trainer:
             if self._job is not None:
                 self._job.parts.middle.free()  # the server has its weights: it has made a step with them
 
-    async def _evaluate(self, step: int) -> None:
-        score = await self._evaluations.run(self._pipeline, step, channels_last=self._feed.channels_last)
-        if score is not None:
-            self._records.evaluated(step, score)
-
     async def _collect(self, link: Link) -> dict[str, Tensor]:
         """Bring the trained model together where it is wanted, and write it where it was asked for."""
         assert self._job is not None
@@ -284,6 +282,8 @@ class Trainer:
 
     @property
     def _where(self) -> str:
+        if self._config.only_evaluates:
+            return "in the evaluation"
         return f"after step {self.steps} of {self.total_steps}" if self.training else "before the first step"
 
 

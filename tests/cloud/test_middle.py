@@ -278,6 +278,27 @@ def test_weights_of_another_width_than_their_steps_are_refused():
     assert "\n" not in str(caught.value)
 
 
+def test_a_job_that_begins_after_steps_begins_in_their_width():
+    trained = narrowing_middle()
+    trained.stage.begin_step()
+    trained.stage.forward(1, 0, (drawn(4, 24, 8),))
+    trained.backward(0, (drawn(4, 24, 8),))
+    trained.finish_gradients()
+    trained.commit(None)
+    middle = narrowing_middle(committed=1)
+    middle.load(trained.state())
+    assert middle.committed == 1
+    middle.stage.begin_step()
+    assert middle.stage.forward(1, 0, (drawn(4, 24, 4),))[0].shape == (4, 24, 4)
+
+
+@pytest.mark.parametrize(("committed", "after"), [(0, 1), (1, 0), (2, 3)])
+def test_weights_of_other_steps_than_the_job_begins_after_are_refused(committed, after):
+    state = narrowing_middle(committed=after).state()
+    with pytest.raises(CorruptPayload, match="the weights "):
+        narrowing_middle(committed=committed).load(state)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_any_part_of_a_chunk_fits(batch):
     middle = middle_of()

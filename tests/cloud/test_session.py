@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import token_model  # noqa: F401  (registers its model)
 from cloud.device import Device
+from cloud.middle import Middle
 from cloud.monitoring import Monitor
 from cloud.passing import Passing
 from cloud.session import Session
@@ -18,6 +20,7 @@ from cloud.tenant import Tenant
 from cloud.turns import Turns
 from common.driver import Driver
 from common.schedule import Action, cloud_schedule
+from common.weights import partition_state, state_digest
 from edge.job import prepare
 from tests.tiny_job import TINY_JOB
 from wire.codecs.base import Facts
@@ -46,7 +49,7 @@ class Client:
 
     def tensors(self, session: Session, step: int, chunk: int, cut: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(step * 100 + chunk * 10 + cut)
-        infos = session.middle.crossing(cut, gradients=cut == 2)
+        infos = session.middle.crossing(cut, gradients=cut == 2, committed=session.applied)
         return {info.name: torch.randn(info.batched(4), generator=generator) for info in infos}
 
     def message(self, session: Session, step: int, chunk: int, cut: int) -> Forward | Backward:
@@ -144,6 +147,24 @@ def test_pending_step_is_applied_or_undone_as_the_client_has_it(
         await lost.close()
 
     run(compare())
+
+
+def test_job_that_begins_after_steps_needs_no_weights_to_know_its_width() -> None:
+    async def begin() -> None:
+        decay = "decay:rate=0.5,steps=2,iterations=2"
+        model = {"model": "token_net", "cuts": ("embed", "blocks"), "compress": (decay,)}
+        spec = replace(prepare(replace(TINY_JOB, **model)).spec, committed=2)
+        spec = replace(spec, digest=state_digest(partition_state(Middle(spec, Device(None)).stage.partition)))
+        session = await built(spec)
+        assert not session.middle.needs_weights
+        assert session.applied == session.middle.committed == 2
+        for number in (1, 2, 3):
+            await step(session, Client(session), number)
+        assert session.applied == session.middle.committed == 5
+        assert session.middle.crossing(1, gradients=False, committed=5)[0].shape[-1] == 6
+        await session.close()
+
+    run(begin())
 
 
 def test_step_that_has_not_come_through_is_undone(tmp_path: Path) -> None:

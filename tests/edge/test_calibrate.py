@@ -12,6 +12,7 @@ import token_model  # noqa: F401
 from common.errors import TrainingStopped, UserError
 from common.fitting import relative_error
 from common.models import build_model
+from common.narrowing import narrow_to
 from common.weights import partition_state, split_bottleneck
 from edge.calibrate import calibrate
 from edge.config import CalibrateConfig, TrainConfig
@@ -110,6 +111,21 @@ def test_pairs_reproduce_what_crosses_better_than_those_of_the_first_images(tmp_
             crossing = front.run_bare(images)[0]
         errors.append(relative_error(encoder, middle.get_submodule(middle.decoders[0]), [crossing]))
     assert errors[1] < errors[0]
+
+
+def test_calibrating_leaves_the_bottleneck_alone_that_the_model_was_trained_with(tmp_path):
+    decay = "decay:rate=0.8,steps=3,iterations=2"
+    job = prepare(training(compress=(decay,)))
+    narrow_to(4, *job.parts.partitions.values())  # as if it had been trained
+    model = tmp_path / "model.safetensors"
+    state = {n: t for part in job.parts.partitions.values() for n, t in partition_state(part).items()}
+    save_file(state, model)
+    fresh, trained = tmp_path / "fresh", tmp_path / "trained"
+    calibrate(settings(tmp_path, compress=(decay,), steps=2, save=fresh), Told())
+    calibrate(settings(tmp_path, compress=(decay,), steps=2, save=trained, weights=str(model)), Told())
+    assert {n: t.shape for n, t in load_file(trained).items()} == {
+        n: t.shape for n, t in load_file(fresh).items()
+    }
 
 
 def test_calibrating_repeats_to_the_bit_and_changes_neither_model_nor_random_numbers(tmp_path):

@@ -78,7 +78,7 @@ def test_any_text_is_an_address_or_refused(text):
     [
         ("batch_size", 1),
         ("chunks", 1),
-        ("epochs", 0),
+        ("epochs", 1),
         ("steps", 1),
         ("depth", 1),
         ("threads", 1),

@@ -1,6 +1,7 @@
 import io
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -162,6 +163,18 @@ def test_live_display_shows_how_far_an_evaluation_is(live):
     assert shown(live).startswith("epoch 1/3, evaluating: batch 3/12")
     live.evaluated(AN_EVAL)
     assert shown(live).startswith("epoch 1/3, step 10/30")
+
+
+def test_live_display_of_an_evaluation_alone_speaks_of_no_training(live):
+    live.start(total_steps=0)
+    assert shown(live).strip() == ""
+    live.evaluating(3, 12)
+    assert shown(live).startswith("evaluating: batch 3/12")
+    live.evaluated(replace(AN_EVAL, step=0))
+    assert shown(live).strip() == ""
+    live.finish()
+    assert "step" not in live._console.file.getvalue()
+    assert "test: accuracy 91.23 %" in live._console.file.getvalue()
 
 
 def test_figures_stay_whole_on_a_narrow_terminal(live):

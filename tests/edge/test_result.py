@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from common.errors import TrainingStopped
 from common.weights import load_state
@@ -17,6 +18,8 @@ STATE = {
     "bottleneck.cut1.encoder.0.weight": torch.full((2, 2), 0.5),
 }
 
+CUTS = ("features.0", "features.1")
+
 
 def config_for(path):
     return TrainConfig(server="127.0.0.1", model="resnet18", save=path)
@@ -24,11 +27,23 @@ def config_for(path):
 
 def test_the_model_and_its_bottleneck_are_in_one_file(tmp_path):
     path = tmp_path / "model.safetensors"
-    save_state(STATE, config_for(path), 7)
+    save_state(STATE, config_for(path), 7, CUTS)
     loaded = load_state(path)
     assert loaded.keys() == STATE.keys()
     assert all(torch.equal(loaded[name], STATE[name]) for name in STATE)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("inserted", [True, False])
+def test_the_file_says_where_a_bottleneck_was(tmp_path, inserted):
+    path = tmp_path / "model.safetensors"
+    save_state(
+        {name: STATE[name] for name in list(STATE)[: None if inserted else 2]}, config_for(path), 7, CUTS
+    )
+    with safe_open(path, "pt") as file:
+        written = file.metadata()
+    cuts = {"cuts": '["features.0", "features.1"]'} if inserted else {}
+    assert written == {"model": "resnet18", "steps": "7", **cuts}
 
 
 @contextmanager
@@ -61,7 +76,7 @@ def old_file(tmp_path):
 
 def test_a_disk_without_room_stops_training_and_the_old_file_stays(old_file, elsewhere):
     with full_disk(), pytest.raises(TrainingStopped) as caught:
-        save_state(STATE, config_for(old_file), 7)
+        save_state(STATE, config_for(old_file), 7, CUTS)
     assert str(caught.value).startswith(f"the model of step 7 could not be written to {old_file}: ")
     assert "too large" in str(caught.value).lower()  # what the system says
     assert "\n" not in str(caught.value)
@@ -76,7 +91,7 @@ def test_a_model_that_does_not_fit_its_place_goes_to_a_temporary_folder(old_file
     config = config_for(old_file.parent / "gone" / "model.safetensors")
     config.save.parent.rmdir()
     with pytest.raises(TrainingStopped, match=r"it is in .* instead") as caught:
-        save_state(STATE, config, 3)
+        save_state(STATE, config, 3, CUTS)
     (kept,) = elsewhere.glob("*/model.safetensors")
     assert str(kept) in str(caught.value)
     assert load_state(kept).keys() == STATE.keys()
@@ -88,7 +103,7 @@ def test_a_folder_that_is_gone_stops_training(tmp_path):
     config = config_for(folder / "model.safetensors")
     folder.rmdir()
     with pytest.raises(TrainingStopped, match=r"step 3 could not be written .*: No such file or directory"):
-        save_state(STATE, config, 3)
+        save_state(STATE, config, 3, CUTS)
 
 
 def test_a_folder_in_the_file_s_place_stops_training(tmp_path):
@@ -96,7 +111,7 @@ def test_a_folder_in_the_file_s_place_stops_training(tmp_path):
     config = config_for(path)
     path.mkdir()
     with pytest.raises(TrainingStopped, match="Is a directory"):
-        save_state(STATE, config, 3)
+        save_state(STATE, config, 3, CUTS)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -106,6 +121,6 @@ def test_a_write_that_fails_late_leaves_the_old_file(old_file, monkeypatch):
 
     monkeypatch.setattr("common.weights.os.fsync", fail)
     with pytest.raises(TrainingStopped, match="No space left on device"):
-        save_state(STATE, config_for(old_file), 7)
+        save_state(STATE, config_for(old_file), 7, CUTS)
     assert old_file.read_bytes() == b"older"
     assert [entry.name for entry in old_file.parent.iterdir()] == [old_file.name]
