@@ -236,7 +236,9 @@ def text_setting(
     return Setting(name, caption, fields, scale, device, 1 if name == "full" else 2)
 
 
-def image_setting(table: str, name: str, data: Path | None, folder: Path, start: Path | None) -> Setting:
+def image_setting(
+    table: str, name: str, data: Path | None, folder: Path, start: Path | None, *, train: bool = True
+) -> Setting:
     """How the rows on CIFAR-10 are trained; without the published weights, from a start made here."""
     cifar = find_data(data)
     if not (cifar / "train.zip").is_file():
@@ -247,9 +249,9 @@ def image_setting(table: str, name: str, data: Path | None, folder: Path, start:
     limits = {"steps": 10, "test_limit": 256, "warmup_steps": 2} if name == "quick" else {}
     tuned = FINE_TUNE_LARGER if table == "lowrank-image" else FINE_TUNE
     assert tuned.pretrain is not None
-    first, second = halve(cifar, folder)
+    first, second = halve(cifar, folder) if train else (folder, folder)
     weights = start or folder / "start.safetensors"
-    if not weights.is_file():
+    if train and not weights.is_file():
         make_start(replace(tuned, pretrain={**tuned.pretrain, **limits}), first, weights)
     fields = {**tuned.train, **limits, "data": f"folder:{second}", "weights": str(weights.resolve())}
     size, steps = tuned.train["image_size"], tuned.train.get("steps")
@@ -451,10 +453,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             setting = text_setting(
                 options.table, name, data, Path(folder), options.start, steps, train=not options.print
             )
-        elif options.print:
-            setting = Setting(name, "as kept", {}, 1.0, (), 1)
         else:
-            setting = image_setting(options.table, name, data, Path(folder), options.start)
+            setting = image_setting(
+                options.table, name, data, Path(folder), options.start, train=not options.print
+            )
         if options.table == "decay" and longer_schedule(name):
             rows = tuple(replace(row, compress=f"{row.compress},start=pca") for row in rows)
             setting = replace(setting, caption=f"{setting.caption}; pairs start on the principal axes")
