@@ -31,7 +31,7 @@ class Evaluations:
     """
 
     def __init__(self, job: Job, progress: Progress, supervisor: Supervisor) -> None:
-        every = None if job.config.only_evaluates else job.config.eval_every
+        every = job.config.eval_every if job.total_steps else None
         self._every = job.steps_per_epoch if every is None else every
         self._job = job
         self._progress = progress
