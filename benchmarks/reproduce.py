@@ -219,7 +219,7 @@ def text_setting(
         scale = steps / 4300
     # What crosses is held against 128 tokens of every sentence.
     if table == "text-chains":
-        fields |= {"max_length": 128, "padding": "longest", "ragged": True}
+        fields |= {"padding": "longest", "ragged": True}
         share = padding_share(fields["model"], fields["data"], 128)
         caption = re.sub(r"\d+ tokens", "sentences as long as they are", caption)
         caption += f"; {share:.1%} of 128 tokens a sentence would be padding, which does not cross"
@@ -447,15 +447,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = options.steps or (DECAY_STEPS if options.table == "decay" else SHORT_STEPS)
     if name == "cpu" and steps != SHORT_STEPS:
         name = f"cpu-{steps}"
-    data = options.data
     with tempfile.TemporaryDirectory() as folder:
         if kind == "text":
             setting = text_setting(
-                options.table, name, data, Path(folder), options.start, steps, train=not options.print
+                options.table, name, options.data, Path(folder), options.start, steps, train=not options.print
             )
         else:
             setting = image_setting(
-                options.table, name, data, Path(folder), options.start, train=not options.print
+                options.table, name, options.data, Path(folder), options.start, train=not options.print
             )
         if options.table == "decay" and longer_schedule(name):
             rows = tuple(replace(row, compress=f"{row.compress},start=pca") for row in rows)

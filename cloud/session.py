@@ -124,7 +124,6 @@ class Session:
             CorruptPayload: they do not fit together.
         """
         await self.lanes.run(COMPUTE, "load", self.work.between, self.middle.load, weights)
-        self.applied = self.middle.committed
 
     async def weights(self) -> dict[str, Tensor]:
         """Return parameters and buffers, by name, in host memory."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.partition import Split
-from common.weights import load_state, partition_state, save_model, split_bottleneck
+from common.weights import BOTTLENECK_PREFIX, load_state, partition_state, save_model, split_bottleneck
 
 _FORMAT = "isthmus bottleneck 1"
 
@@ -116,12 +116,17 @@ def read_trained(path: Path) -> Trained | None:
     Raises:
         UserError: there is no such file, or it is none.
     """
-    state = split_bottleneck(load_state(path))[1]
+    cuts = None
+    try:
+        with safe_open(path, "pt") as file:  # the rest of the model has been read, and may be large
+            names = [name for name in file.keys() if name.startswith(BOTTLENECK_PREFIX)]  # noqa: SIM118  (no dict)
+            state = {name: file.get_tensor(name) for name in names}
+            with suppress(ValueError):
+                cuts = json.loads((file.metadata() or {}).get("cuts", "null"))
+    except SafetensorError:  # a file of torch.save, which says nothing of cuts
+        state = split_bottleneck(load_state(path))[1]
     if not state:
         return None
-    cuts = None
-    with suppress(SafetensorError, ValueError), safe_open(path, "pt") as file:
-        cuts = json.loads((file.metadata() or {}).get("cuts", "null"))
     return Trained(state, tuple(map(str, cuts)) if isinstance(cuts, list) else None)
 
 

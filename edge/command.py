@@ -36,11 +36,7 @@ def train_command(
         resumed: the session of a run that goes on from its checkpoints.
     """
     with local_server(modules, cpu=cpu) if own_server else contextlib.nullcontext(config.server) as server:
-        try:
-            result = run(_interruptible(config.at(server), resumed))
-        except Interrupted as interrupted:
-            sys.stdout.write(f"{interrupted}\n")
-            sys.exit(130)
+        result = _run(config.at(server), resumed)
     if result.steps < result.total_steps:
         hint = "" if config.checkpoint is None else f"; go on by edge-client --resume {config.checkpoint}"
         sys.stdout.write(f"stopped after step {result.steps} of {result.total_steps}{hint}\n")
@@ -56,8 +52,13 @@ def evaluate_command(config: TrainConfig) -> None:
     Args:
         config: what to do; it trains nothing.
     """
+    _run(config, None)
+
+
+def _run(config: TrainConfig, resumed: SessionKey | None) -> TrainResult:
+    """Run to the end; says so and exits where the user did not want to wait for it."""
     try:
-        run(_interruptible(config, None))
+        return run(_interruptible(config, resumed))
     except Interrupted as interrupted:
         sys.stdout.write(f"{interrupted}\n")
         sys.exit(130)

@@ -1,5 +1,6 @@
 """The console scripts as real processes, with output and exit status; forked, so that torch is loaded once."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 PATIENCE_S = 60  # for whatever must end by itself; a busy machine is slow, a hang is for ever
 
@@ -138,6 +140,11 @@ def run(script: str, *arguments: object) -> Ended:
 def train(address: str, *arguments: object) -> Ended:
     """Train the tiny model; later options win over its own."""
     return run("edge-client", "--server", address, *TINY, *arguments)
+
+
+def events(metrics: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file."""
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 def assert_serves(address: str) -> None:

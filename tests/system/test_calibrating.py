@@ -1,6 +1,5 @@
 """`calibrate` and `--bottleneck` as commands: what is made on the edge alone is what both sides train from."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from common.weights import load_state
-from tests.system.processes import Ended, run, serving
+from tests.system.processes import Ended, events, run, serving
 
 TOKENS = (
     *("--import", "token_model", "--model", "token_net", "--cut", "embed", "--cut", "blocks"),
@@ -64,7 +63,7 @@ def test_calibrated_pairs_bring_a_model_nearer_to_itself(address: str, tmp_path:
     }.items():
         metrics = tmp_path / f"{name}.jsonl"
         assert train(address, *options, "--metrics", metrics).status == 0
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines = events(metrics)
         (losses[name],) = [line["loss"] for line in lines if line["event"] == "eval"]
     assert abs(losses["calibrated"] - losses["plain"]) < 0.5 * abs(losses["identity"] - losses["plain"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.weights import load_state
-from tests.system.processes import Ended, assert_serves, serving, train
+from tests.system.processes import Ended, assert_serves, events, serving, train
 
 DELTA = ("--compress", "act=delta+int4", "--compress", "grad=int8", "--no-augment", "--train-limit", 32)
 STEPS_AN_EPOCH = 4
@@ -36,7 +35,7 @@ def trained(address: str, folder: Path, *arguments: object) -> tuple[list[dict[s
     )
     ended = train(address, *DELTA[2:], *limit, *arguments, "--save", saved, "--metrics", metrics)
     assert (ended.status, ended.err) == (0, ""), ended
-    return [json.loads(line) for line in metrics.read_text().splitlines()], load_state(saved)
+    return events(metrics), load_state(saved)
 
 
 def steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

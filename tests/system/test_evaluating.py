@@ -1,6 +1,5 @@
 """`edge-client evaluate`: a saved model scores what it scored when it was trained, its bottleneck with it."""
 
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from benchmarks.faulty_proxy import FaultyProxy
 from common.errors import UserError
 from common.weights import load_state
 from edge.config import TrainConfig
-from tests.system.processes import run, running, serving
+from tests.system.processes import events, run, running, serving
 
 SHARED = ("--import", "token_model", "--model", "token_net", "--cut", "embed", "--cut", "blocks")
 SHARED += ("--image-size", "16", "--batch-size", "8", "--chunks", "2", "--threads", "1")
@@ -30,17 +29,13 @@ def address() -> Iterator[str]:
         assert "Traceback" not in server.err
 
 
-def lines(metrics: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
-
-
 def trained(address: str, folder: Path, *arguments: object) -> tuple[Path, dict[str, Any]]:
     """Train; gives the saved file and the line of the evaluation at the end."""
     saved, metrics = folder / "model.safetensors", folder / "trained.jsonl"
     outputs = ("--save", saved, "--metrics", metrics)
     ended = run("edge-client", "--server", address, *SHARED, *TRAINING, *arguments, *outputs)
     assert (ended.status, ended.err) == (0, ""), ended
-    (evaluation,) = [line for line in lines(metrics) if line["event"] == "eval"]
+    (evaluation,) = [line for line in events(metrics) if line["event"] == "eval"]
     return saved, evaluation
 
 
@@ -64,7 +59,7 @@ def test_a_saved_model_scores_as_it_did_when_it_was_trained(
     command = ("edge-client", "evaluate", "--server", address, *SHARED, *chosen)
     ended = run(*command, "--weights", saved, "--metrics", metrics)
     assert (ended.status, ended.err) == (0, ""), ended
-    evaluation, summary = lines(metrics)
+    evaluation, summary = events(metrics)
     assert {**evaluation, "step": before["step"]} == before  # to the last bit
     assert (summary["event"], summary["steps"]) == ("summary", 0)
     assert ended.out.splitlines()[-1].startswith(f"test: accuracy {100 * before['accuracy']:.2f} %, loss ")
@@ -213,7 +208,7 @@ def test_an_evaluation_outlasts_lost_links(address: str, tmp_path: Path) -> None
         assert (ended.status, ended.err) == (0, ""), ended
         assert ("the link was lost in the evaluation" in ended.out) is bool(cuts)
         assert not plan.cuts
-        evaluation, summary = lines(metrics)
+        evaluation, summary = events(metrics)
         assert summary["reconnects"] == len(cuts)
         scores.append(evaluation)
     assert scores[0] == scores[1]

@@ -1,7 +1,6 @@
 """Runs that fail: one line that says what happened, exit status 1, nothing hung, nothing lost."""
 
 import asyncio
-import json
 import re
 import resource
 import signal
@@ -22,7 +21,7 @@ from common.model_spec import ModelSpec
 from common.models import build_model
 from common.weights import load_state
 from edge.data.draws import epoch_order
-from tests.system.processes import TINY, Command, Ended, assert_serves, running, serving, train
+from tests.system.processes import TINY, Command, Ended, assert_serves, events, running, serving, train
 from wire.config import WireConfig
 from wire.transport import serve
 
@@ -47,10 +46,6 @@ def failure(ended: Ended) -> str:
     """The one line of a run that failed."""
     assert ended.status == 1, ended
     return ended.error
-
-
-def events(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # Nobody there, or somebody else.

@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM while a client trains: once ends after the step and saves, twice ends at once."""
 
-import json
 import re
 import signal
 import socket
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.weights import load_state
-from tests.system.processes import TINY, assert_serves, running, serving
+from tests.system.processes import TINY, assert_serves, events, running, serving
 
 FOR_EVER = ("--steps", 1_000_000)
 
@@ -38,7 +37,7 @@ def test_interrupted_run_ends_after_the_step_and_saves(
     stopped = re.fullmatch(r"stopped after step (\d+) of 1000000", last)
     assert stopped, last
     assert "stopping after this step; Ctrl-C again stops now" in ended.out
-    *steps, summary = [json.loads(line) for line in metrics.read_text().splitlines()]
+    *steps, summary = events(metrics)
     assert summary["steps"] == steps[-1]["step"] == int(stopped[1])
     assert load_state(saved)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from common.weights import load_state
 from edge.config import TrainConfig
 from edge.job import Job, prepare
 from tests.system.peer import Peer
-from tests.system.processes import Command, assert_serves, run, serving, train
+from tests.system.processes import Command, assert_serves, events, run, serving, train
 from wire.codecs.base import Facts
 from wire.messages import Backward, Begin, Forward
 from wire.streams import IDS, StreamEncoder, chunk_message, facts_of
@@ -49,7 +48,7 @@ def trained(address: str, folder: Path, *arguments: object) -> tuple[list[dict[s
         "edge-client", "--server", address, *MASKED, *arguments, "--save", saved, "--metrics", metrics
     )
     assert (ended.status, ended.err) == (0, ""), ended
-    return [json.loads(line) for line in metrics.read_text().splitlines()], load_state(saved)
+    return events(metrics), load_state(saved)
 
 
 def figures(lines: list[dict[str, Any]]) -> list[Any]:

@@ -1,6 +1,5 @@
 """Bottlenecks of transformers over a real link: what crosses narrows, and training is that of one machine."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from edge.data.loader import eval_batches, train_batches
 from edge.job import Job, prepare
 from edge.trainer import train
 from tests.system.peer import Peer
-from tests.system.processes import Command, run, serving
+from tests.system.processes import Command, events, run, serving
 from tests.system.reference import reseed_on_entry
 from wire.messages import Abort, Begin, Forward
 from wire.streams import StreamEncoder, chunk_message
@@ -53,7 +52,7 @@ def trained(address: str, folder: Path, *arguments: object) -> tuple[dict[str, T
     outputs = ("--save", saved, "--metrics", metrics)
     ended = run("edge-client", "--server", address, *TOKENS, *arguments, *outputs)
     assert (ended.status, ended.err) == (0, ""), ended
-    return load_state(saved), [json.loads(line) for line in metrics.read_text().splitlines()]
+    return load_state(saved), events(metrics)
 
 
 # What crosses.
@@ -284,7 +283,7 @@ def test_training_while_narrowing_is_that_of_one_machine_to_the_bit(
         l1=l1,
         options=options,
     )
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = events(tmp_path / "metrics.jsonl")
     assert [line["loss"] for line in lines if line["event"] == "step"] == losses
     expected = {}
     for name, tensor in state.items():

@@ -18,7 +18,7 @@ from common.weights import load_state
 from edge.config import TrainConfig
 from edge.progress import SilentProgress
 from edge.trainer import Trainer
-from tests.system.processes import TINY, run, serving, train
+from tests.system.processes import TINY, events, run, serving, train
 from wire.transport import run as run_coroutine
 
 
@@ -39,7 +39,7 @@ class Run:
         self.ended = train(address, *arguments, "--save", saved, "--metrics", metrics, "--trace", trace)
         assert (self.ended.status, self.ended.err) == (0, ""), self.ended
         self.state = load_state(saved)
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
+        self.lines: list[dict[str, Any]] = events(metrics)
         self.steps = [line for line in self.lines if line["event"] == "step"]
         self.summary = self.lines[-1]
         self.spans = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
@@ -131,7 +131,7 @@ def test_evaluations_come_once_an_epoch_unless_told_otherwise(address: str, tmp_
     metrics = tmp_path / "metrics.jsonl"
     options = ("--server", address, *tiny, "--train-limit", 20, "--epochs", 2, "--metrics", metrics)
     assert run("edge-client", *options).status == 0
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = events(metrics)
     assert [line["step"] for line in lines if line["event"] == "eval"] == [3, 6]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.system.counting_relay import counting_relay
-from tests.system.processes import TINY, run, serving, train
+from tests.system.processes import TINY, events, run, serving, train
 from tests.system.terminal import on_terminal
 
 STEP_KEYS = [
@@ -29,10 +29,6 @@ def address() -> Iterator[str]:
     with serving("--import", "dropout_model") as (server, address):
         yield address
         assert "Traceback" not in server.err
-
-
-def events(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # The metrics file.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from edge.job import prepare
 from tests.system.peer import Peer
-from tests.system.processes import TINY, Command, Ended, run, running, serving, train
+from tests.system.processes import TINY, Command, Ended, events, run, running, serving, train
 from tests.tiny_job import TINY_JOB
 from tests.wire.pair import rejoin_of
 from wire.auth import REJOINED, RESUME, prove
@@ -82,7 +82,7 @@ def test_server_that_is_drained_and_started_again_goes_on(
         with serving_at(port, state):
             done(client.wait())
     assert_same(saved, quiet)
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = events(metrics)
     assert [record["step"] for record in records if record["event"] == "step"] == list(range(1, 41))
 
 
@@ -100,7 +100,7 @@ def test_client_that_is_killed_goes_on_from_its_checkpoint_alone(
             client.wait()
         done(run("edge-client", "--resume", folder, *LIBRARY))
     assert_same(saved, quiet)
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = events(metrics)
     assert [record["step"] for record in records if record["event"] == "step"] == list(range(1, 41))
     assert json.loads((folder / "run.json").read_text())["settings"]["steps"] == 40
     assert os.stat(folder / "run.json").st_mode & 0o077 == 0
@@ -179,7 +179,7 @@ def test_client_that_is_killed_before_its_first_checkpoint_begins_anew(
         saved.unlink()
         done(run("edge-client", "--resume", folder, *LIBRARY))
     assert_same(saved, quiet)
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = events(metrics)
     assert [record["step"] for record in records if record["event"] == "step"] == list(range(1, 41))
 
 

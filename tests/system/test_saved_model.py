@@ -1,6 +1,5 @@
 """The trained model belongs to the user: `--save` gives what the plain model loads, and what was reported of it."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from common.vision import models as vision_models
 from common.weights import load_state, split_bottleneck
 from edge.data.datasets import open_dataset
 from edge.data.loader import eval_batches
-from tests.system.processes import run, serving
+from tests.system.processes import events, run, serving
 
 SIZE = 32
 JOB = (
@@ -41,7 +40,7 @@ def trained(address: str, folder: Path, *arguments: object) -> tuple[Path, dict[
     saved, metrics = folder / "model.safetensors", folder / "metrics.jsonl"
     ended = run("edge-client", "--server", address, *JOB, *arguments, "--save", saved, "--metrics", metrics)
     assert (ended.status, ended.err) == (0, ""), ended
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = events(metrics)
     evaluation = [line for line in lines if line["event"] == "eval"][-1]
     assert f"test accuracy {evaluation['accuracy']:.2%}" in ended.out
     return saved, evaluation

@@ -1,6 +1,5 @@
 """Invariant 1: split training equals unsplit training, bitwise on CPU."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import dropout_model  # noqa: F401  (registers its model here too)
 from edge.config import TrainConfig
 from edge.trainer import TrainResult, train
 from tests.system.conftest import CloudServer
+from tests.system.processes import events
 from tests.system.reference import Reference, train_unsplit
 
 MOBILENET_PARTS = {"back": "classifier.0"}
@@ -18,7 +18,7 @@ DROPOUT_CUTS = ("stem", "blocks")
 
 
 def assert_bitwise_equal(result: TrainResult, reference: Reference, metrics: Path) -> None:
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = events(metrics)
     assert [line["loss"] for line in lines if line["event"] == "step"] == reference.losses
     assert result.state.keys() == reference.state.keys()
     for name, expected in reference.state.items():
