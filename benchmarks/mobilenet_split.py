@@ -18,7 +18,7 @@ from common.vision import models
 MALLOC_HELP = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
 }
 # And OpenMP's threads wait without spinning for long, which serves two processes that share cores. A process
 # that has them to itself is faster with the default, so what is measured alone goes without.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
+from common.activations import spare_copies
 from common.dataflow import OUTPUT_PART, Flow, assign, make_changes_local
 from common.errors import UserError
 from common.graph import Traced, find_cut
@@ -86,6 +87,7 @@ def cut_in_three(
     found = propagate(model, traced, inputs, training)
     flow = Flow(model, traced, found, assign(traced, found, places))
     make_changes_local(flow)
+    spare_copies(flow)
     make_masks_local(flow)
     make_numbers_local(flow)
     thirds = _split(flow, len(inputs))

@@ -57,6 +57,13 @@ class Flow:
         """Return the users of a node that are in later partitions."""
         return [user for user in node.users if self.part_of(user) > max(self.part_of(node), 0)]
 
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a node calls, None for a node that calls none."""
+        if node.op != "call_module":
+            return None
+        path = str(node.target)
+        return self.copies[path] if path in self.copies else self.model.get_submodule(path)
+
     def insert_like(self, node: fx.Node, like: fx.Node, part: int) -> None:
         """Enter a new node that yields what another one does."""
         self.part[node.name] = part
@@ -120,7 +127,7 @@ def _make_out_of_place(flow: Flow, node: fx.Node, changed: fx.Node) -> None:
     graph, uses = flow.traced.graph, list(changed.users)
     position = {n: index for index, n in enumerate(graph.nodes)}
     later = {user for user in uses if position[user] > position[node]}
-    if _edit(flow, node):
+    if work_out_of_place(flow, node):
         changed.replace_all_uses_with(node, delete_user_cb=later.__contains__)
         return
     with graph.inserting_before(node):
@@ -129,7 +136,7 @@ def _make_out_of_place(flow: Flow, node: fx.Node, changed: fx.Node) -> None:
     changed.replace_all_uses_with(own, delete_user_cb=(later | {node}).__contains__)
 
 
-def _edit(flow: Flow, node: fx.Node) -> bool:
+def work_out_of_place(flow: Flow, node: fx.Node) -> bool:
     """Turn an operation into its out-of-place form; False where it has none that is known."""
     if node.op == "call_module":
         module = flow.model.get_submodule(str(node.target))

@@ -40,9 +40,10 @@ _M_ARENA_MAX: Final = -8
 _SETTINGS: Final = (
     # One arena for all threads: it alone grows without heaps of 64 MB. First, before threads make their own.
     (_M_ARENA_MAX, "MALLOC_ARENA_MAX", 1),
-    # Tensors below 1 GiB come from memory that is kept, and what is kept stays below 2 GiB.
+    # Tensors below 1 GiB come from memory that is kept, and all of it is kept, until `release_memory`. Any limit is
+    # exceeded by some number of chunks in flight, and from there on every step pays for all its pages again.
     (_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", 1 << 30),
-    (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", (1 << 31) - 1),
+    (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", -1),
 )
 
 _SPINS: Final = "10000"  # 0.1 to 0.2 ms: most waits within an operation are shorter, a time slice is longer

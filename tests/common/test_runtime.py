@@ -31,8 +31,8 @@ def run_python(code: str, **env: str) -> Any:
     return json.loads(done.stdout)
 
 
-# Frees and takes 48 MB again and again on a thread, as a stage's compute thread does.
-FAULTS = """
+# Frees and takes some blocks of 48 MB again and again on a thread, as a stage's compute thread does.
+CHURN = """
     import ctypes, json, resource, threading
     from common.runtime import raise_malloc_thresholds
     {call}
@@ -41,11 +41,13 @@ FAULTS = """
     libc.free.argtypes = [ctypes.c_void_p]
     faults = []
     def churn():
-        for _ in range(6):
+        for _ in range({times}):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            block = libc.malloc(48 << 20)
-            ctypes.memset(block, 1, 48 << 20)
-            libc.free(block)
+            blocks = [libc.malloc(48 << 20) for _ in range({blocks})]
+            for block in blocks:
+                ctypes.memset(block, 1, 48 << 20)
+            for block in blocks:
+                libc.free(block)
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     thread = threading.Thread(target=churn)
     thread.start()
@@ -54,19 +56,29 @@ FAULTS = """
 """
 
 
+def faults(call: str, *, blocks: int = 1, times: int = 6) -> str:
+    """The program that counts page faults, after a first call."""
+    return CHURN.format(call=call, blocks=blocks, times=times)
+
+
 @pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
 def test_freed_memory_is_taken_again_without_page_faults() -> None:
-    assert max(run_python(FAULTS.format(call="assert raise_malloc_thresholds()"))) < 100
+    assert max(run_python(faults("assert raise_malloc_thresholds()"))) < 100
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
+def test_more_than_two_gibibytes_are_taken_again_without_page_faults() -> None:
+    assert max(run_python(faults("assert raise_malloc_thresholds()", blocks=45, times=2))) < 100
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
 def test_glibc_alone_faults_every_page_in_again() -> None:
-    assert min(run_python(FAULTS.format(call=""))) > 48 * 2**20 // 65536
+    assert min(run_python(faults(""))) > 48 * 2**20 // 65536
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
 def test_a_setting_of_the_user_s_own_stays() -> None:
-    call = FAULTS.format(call="assert raise_malloc_thresholds()")
+    call = faults("assert raise_malloc_thresholds()")
     assert min(run_python(call, MALLOC_MMAP_THRESHOLD_="1000000", MALLOC_MMAP_MAX_="65536")) > 100
 
 
