@@ -61,7 +61,7 @@ class _Bound(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (result,) = ctx.saved_tensors
         low, high = ctx.module.low, ctx.module.high
@@ -82,14 +82,14 @@ def spare_copies(flow: Flow) -> None:
     """Make the activations of a traced model that would copy their input do without."""
     for node in flow.traced.graph.nodes:
         module = flow.module_of(node)
-        if type(module) in (nn.Hardtanh, nn.ReLU6):
+        if isinstance(module, nn.Hardtanh) and type(module) in (nn.Hardtanh, nn.ReLU6):
             own = _gradient_is_its_own(flow, node)
             # Named by what it is: calls of one module that need the same may share it, in either mode.
             node.target = f"{node.target}__keeps_result" + "_owns_gradient" * own
             flow.copies[node.target] = Bounded(
                 module.min_val, module.max_val, inplace=module.inplace, own_gradient=own
             )
-        elif type(module) in _NEED_INPUT and module.inplace and _only_it_sees_its_input(flow, node):
+        elif isinstance(module, _NEED_INPUT) and module.inplace and _only_it_sees_its_input(flow, node):
             work_out_of_place(flow, node)
 
 
