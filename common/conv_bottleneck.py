@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.block_transpose import BlockTranspose2d
 from common.bottleneck_options import not_expected
 from common.errors import UserError
 
@@ -148,7 +149,7 @@ def build_coders(
         # Made without data, so that torch's default generator is not drawn from.
         with torch.device("meta"):
             down = nn.Conv2d(channels, pair.channels, size, size)
-            up = nn.ConvTranspose2d(pair.channels, channels, size, size, output_padding=uncovered)
+            up = BlockTranspose2d(pair.channels, channels, size, uncovered)
         _start_near_identity(down.to_empty(device="cpu"), up.to_empty(device="cpu"), generator)
         encoder.append(down)
         decoder.insert(0, up)
