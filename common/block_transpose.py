@@ -76,9 +76,11 @@ def _blocks(result: Tensor, shape: torch.Size, size: int) -> Tensor:
     """A view of a result without what lies beyond its blocks, ``[B, C, H, size, W, size]``."""
     height, width = shape[2:]
     whole = result[:, :, : height * size, : width * size]
-    return whole.unflatten(2, (height, size)).unflatten(4, (width, size))
+    blocks: Tensor = whole.unflatten(2, (height, size)).unflatten(4, (width, size))
+    return blocks
 
 
 def _by_place(values: Tensor, size: int) -> Tensor:
     """A view of values in that order."""
-    return values.unflatten(1, (size, size, -1)).permute(0, 3, 4, 1, 5, 2)
+    placed: Tensor = values.unflatten(1, (size, size, -1)).permute(0, 3, 4, 1, 5, 2)
+    return placed
