@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 __all__ = ["BlockTranspose2d"]
@@ -58,8 +59,8 @@ class _Place(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (gradient,) = gradients
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, columns = ctx.shape[2] * ctx.size, ctx.shape[3] * ctx.size
         values = torch.empty(ctx.shape, dtype=gradient.dtype, memory_format=ctx.format)
         _by_place(values, ctx.size).copy_(_blocks(gradient, ctx.shape, ctx.size))

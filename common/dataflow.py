@@ -138,8 +138,7 @@ def _make_out_of_place(flow: Flow, node: fx.Node, changed: fx.Node) -> None:
 
 def work_out_of_place(flow: Flow, node: fx.Node) -> bool:
     """Turn an operation into its out-of-place form; False where it has none that is known."""
-    if node.op == "call_module":
-        module = flow.model.get_submodule(str(node.target))
+    if (module := flow.module_of(node)) is not None:
         if not getattr(module, "inplace", False) or any(
             True for _ in (*module.parameters(), *module.buffers())
         ):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +21,7 @@ IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 EDGES = (0.0, -0.0, 6.0, -1.0, 1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 5.9999995, 6.0000005)
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.sampled_from(EDGES) | st.floats(width=32), min_size=1, max_size=20),
     bounds=st.sampled_from([(0.0, 6.0), (-1.0, 1.0), (-6.0, 0.0)]),
@@ -131,11 +132,6 @@ def both(model, cuts):
 def test_whatever_follows_an_activation_the_split_model_is_the_whole_one(follow, inplace, kind) -> None:
     around = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
     model = Stem(follow, act=kind(inplace=inplace), around=around)
-    try:
-        reference = grads_of(copy.deepcopy(model), copy.deepcopy(model).train())
-    except RuntimeError:
-        pytest.skip("torch itself cannot train this in place")
-    del reference
     expected, found, _ = both(model, ("first", "mean"))
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
