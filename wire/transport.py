@@ -373,7 +373,8 @@ async def connect(
         host: where it is.
         port: where it listens.
         config: settings.
-        coming_back: what to say instead of hello; no answer is waited for then.
+        coming_back: what to say instead of hello; no answer is waited for then. An answer that is there already is
+            for `receive`, as one that comes later.
 
     Raises:
         ConnectFailed: says why, and what to do.
@@ -403,7 +404,7 @@ async def connect(
             connection.abort()
         raise
     failure = connection._channel.failure
-    if failure is not None:
+    if failure is not None and (coming_back is None or connection.hello is None):
         await connection.close()
         reason, final = explain_refusal(failure), is_final(failure)
         hung_up = isinstance(failure, ConnectionLost) and not isinstance(failure, TlsFailed)

@@ -20,6 +20,7 @@ from tests.wire.pair import ROOMY, SAMPLES, frame, to_bytes
 from wire.config import WireConfig
 from wire.errors import ConnectFailed, ConnectionLost, LocalProtocolError, PeerError, RemoteProtocolError
 from wire.frames import PRELUDE_SIZE, FrameReader, Limits, padding, split_frame_head
+from wire.loop import Dialer
 from wire.messages import (
     Begin,
     Bye,
@@ -35,7 +36,7 @@ from wire.messages import (
     Welcome,
 )
 from wire.serialize import decode
-from wire.sockets import explain, spell_address
+from wire.sockets import dial, explain, spell_address
 from wire.transport import Connection, SendReceipt, Server, connect, run, serve
 
 PATIENCE_S = 60  # for what must end by itself
@@ -892,6 +893,31 @@ async def test_client_that_comes_back_does_not_wait_for_an_answer() -> None:
 async def test_client_that_comes_back_with_a_bad_ticket_is_told() -> None:
     async with serving() as server:
         connection = await connect(server.host, server.port, None, COMING_BACK)
+        with pytest.raises(PeerError, match="greet, and resume") as told:
+            await connection.receive()
+        assert told.value.code == "stale_ticket"
+        await connection.close()
+
+
+@on_both_loops
+async def test_client_that_comes_back_is_told_alike_where_the_answer_is_there_at_once() -> None:
+    """Not that the connection could not be made: who is told that keeps the ticket, and tries it again."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(to_bytes(Error("stale_ticket", "greet, and resume")))
+        await reader.read()
+        writer.close()
+
+    async def late(loop: Dialer, host: str, port: int) -> socket.socket:
+        sock = await dial(loop, host, port)
+        await asyncio.sleep(0.1)  # until the answer is there
+        return sock
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("wire.transport.dial", late)
+            connection = await connect(host, port, None, COMING_BACK)
         with pytest.raises(PeerError, match="greet, and resume") as told:
             await connection.receive()
         assert told.value.code == "stale_ticket"
