@@ -57,7 +57,7 @@ class Channel:
     ) -> None:
         self.protocol = Protocol(role, config)
         self.failure: WireError | None = None
-        self._inbox = Inbox(config.receive_queue, new_waiter)
+        self._inbox = Inbox(config.receive_queue, new_waiter, call_later)
         self._watch = Watch(config)
         self._opened, self._lost = opened, lost
         self._config = config
@@ -179,7 +179,7 @@ class Channel:
             wake(self._opened)
             self._beat()
         self._watch.received(arriving=protocol.arriving)
-        self._inbox.arrived(self._stream)
+        self._inbox.arrived(self._stream, nbytes, protocol.missing)
 
     def received_eof(self) -> None:
         """The peer sends nothing more."""

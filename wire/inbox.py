@@ -1,4 +1,7 @@
-"""What has been received and not yet taken: bounded, because the stream is not read while it is full."""
+"""What has been received and not yet taken: bounded, because the stream is not read while it is full.
+
+Nor is it for a while after it has brought little, see `wire.rest`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from collections import deque
 from collections.abc import Callable
 
 from wire.errors import LocalProtocolError
-from wire.loop import Stream, Waiter, wake
+from wire.loop import Stream, Timer, Waiter, wake
 from wire.messages import Message
+from wire.rest import Rest
 
 __all__ = ["Inbox"]
 
@@ -18,6 +22,7 @@ class Inbox:
     Args:
         most: how many may wait; the stream is read again once half of them are taken.
         new_waiter: makes something to wait on.
+        call_later: calls a function after so many seconds.
 
     Attributes:
         messages: those that wait, the oldest first.
@@ -25,11 +30,19 @@ class Inbox:
         closed: no more come.
     """
 
-    def __init__(self, most: int, new_waiter: Callable[[], Waiter]) -> None:
+    def __init__(
+        self,
+        most: int,
+        new_waiter: Callable[[], Waiter],
+        call_later: Callable[[float, Callable[[], None]], Timer],
+    ) -> None:
         self.messages: deque[Message] = deque()
         self.full = self.closed = False
         self._most = most
         self._new_waiter = new_waiter
+        self._call_later = call_later
+        self._rest = Rest()
+        self._resting = False
         self._receiver: Waiter | None = None
 
     async def arrival(self) -> None:
@@ -54,13 +67,24 @@ class Inbox:
             self._resume(stream)
         return message
 
-    def arrived(self, stream: Stream) -> None:
-        """Wake whoever waits for a message, and stop reading where too many wait."""
+    def arrived(self, stream: Stream, nbytes: int, missing: int) -> None:
+        """Wake whoever waits for a message, and stop reading where too many wait, or for a while.
+
+        Args:
+            stream: what they come from.
+            nbytes: how many bytes came just now.
+            missing: how many of a payload are still to come.
+        """
+        reading = not (self.full or self._resting)
         if self.messages:
             wake(self._receiver)
-            if len(self.messages) >= self._most and not self.closed:
-                self.full = True
-                stream.pause_reading()
+            self.full |= len(self.messages) >= self._most and not self.closed
+        rest_s = self._rest.after(nbytes, missing)
+        if rest_s and reading and not self.closed:
+            self._resting = True
+            self._call_later(rest_s, lambda: self._rested(stream))
+        if reading and (self.full or self._resting):
+            stream.pause_reading()
 
     def close(self) -> None:
         """No more come; those that wait may still be taken."""
@@ -72,7 +96,15 @@ class Inbox:
         self.messages.clear()
         self._resume(stream)
 
+    def _rested(self, stream: Stream) -> None:
+        self._resting = False
+        self._read_on(stream)
+
     def _resume(self, stream: Stream) -> None:
         if self.full and not stream.is_closing():
             self.full = False
+            self._read_on(stream)
+
+    def _read_on(self, stream: Stream) -> None:
+        if not (self.full or self._resting or stream.is_closing()):
             stream.resume_reading()

@@ -906,19 +906,50 @@ async def test_client_that_comes_back_is_told_alike_where_the_answer_is_there_at
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(to_bytes(Error("stale_ticket", "greet, and resume")))
         await reader.read()
-        writer.close()
 
     async def late(loop: Dialer, host: str, port: int) -> socket.socket:
         sock = await dial(loop, host, port)
         await asyncio.sleep(0.1)  # until the answer is there
         return sock
 
-    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
-        host, port = server.sockets[0].getsockname()
+    async with raw_server(refuse) as port:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("wire.transport.dial", late)
-            connection = await connect(host, port, None, COMING_BACK)
+            connection = await connect("127.0.0.1", port, None, COMING_BACK)
         with pytest.raises(PeerError, match="greet, and resume") as told:
             await connection.receive()
         assert told.value.code == "stale_ticket"
         await connection.close()
+
+
+@on_both_loops
+async def test_slow_link_is_read_seldom_and_brings_everything() -> None:
+    """Two megabytes a second, in packets of 1 kB, each of which would wake the loop."""
+    reads = 0
+
+    def count(connection: Connection, nbytes: int) -> None:
+        nonlocal reads
+        reads += 1
+        updated(connection, nbytes)
+
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(to_bytes(SAMPLES["ready"]))
+        for number in range(2):
+            frame = to_bytes(tensor_message(np.full(200_000, number, np.uint8)))
+            for at in range(0, len(frame), 1000):
+                writer.write(frame[at : at + 1000])
+                await asyncio.sleep(0.0005)
+        await reader.read()  # to its end
+
+    updated = Connection.buffer_updated
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "buffer_updated", count)
+        async with raw_server(trickle) as port:
+            connection = await connect("127.0.0.1", port, None, COMING_BACK)
+            assert await connection.receive() == SAMPLES["ready"]
+            for number in range(2):
+                message = await connection.receive()
+                assert isinstance(message, Forward)
+                assert set(message.payload[:200_000]) == {number}
+            assert reads < 150  # of more than 400
+            await connection.close()
