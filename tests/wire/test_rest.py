@@ -1,5 +1,6 @@
 """How long a connection does not read."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,14 +74,18 @@ def test_time_in_which_no_payload_was_arriving_says_nothing_of_the_rate() -> Non
     assert 0 < link.rest.after(64, PIECE) <= 0.6 * PIECE / 5e6 * 1.3  # and not fifteen milliseconds
 
 
-def test_link_that_has_become_fast_is_soon_read_at_once() -> None:
+@pytest.mark.parametrize("nbytes", [3_000, 30_000, 1 << 20])
+def test_link_that_has_become_fast_is_soon_read_at_once(nbytes: int) -> None:
+    """Small payloads too, which lay in the kernel whole while it rested: rests must not keep the rate low."""
     link = Received(1.17e6)
     for _ in range(5):
         link.payload(PIECE)
     link.bytes_per_ns = 117e6 / 1e9
-    link.payload(4 << 20)
-    link.payload(4 << 20)
-    assert link.rest.after(64, 4 << 20) == 0.0
+    began_ns = link.now_ns
+    for _ in range(40):
+        link.payload(nbytes)
+    assert link.rest.after(64, nbytes) == 0.0
+    assert link.now_ns - began_ns <= 40 * nbytes / link.bytes_per_ns + 100 * MS
 
 
 @given(
