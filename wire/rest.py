@@ -10,7 +10,7 @@ __all__ = ["Rest"]
 _LEAST_NS, _MOST_NS = 1_000_000, 15_000_000
 _MOST_BYTES = 32 * 1024  # well below what a kernel keeps for a program that does not read
 _SHARE = 0.6  # of the time that a payload still takes: its end is not to be late where it comes sooner
-_MEASURED_NS = 4_000_000
+_MEASURED_NS = _SLOW_NS = 4_000_000
 
 
 class Rest:
@@ -19,8 +19,8 @@ class Rest:
     On a link of 10 Mbit/s a program that reads whatever comes is woken for nearly every packet, and the kernel
     acknowledges every second one; where the program rests it acknowledges all that have come by then, and the way back
     has more room. (`SO_RCVLOWAT` would not do: below that mark Linux acknowledges as ever.) Rests become shorter
-    towards the end of a payload, so that it is not late. A link that would bring `_MOST_BYTES` in less than a
-    millisecond is read at once.
+    towards the end of a payload, so that it is not late. A link that would bring `_MOST_BYTES` in less than
+    four milliseconds, some 65 Mbit/s, is read at once: there it saves nothing that could be measured.
 
     Args:
         clock_ns: a monotonic clock in nanoseconds.
@@ -47,7 +47,7 @@ class Rest:
             if self._ns >= _MEASURED_NS:
                 self._measured()
         self._last_ns, self._amid = now_ns, missing > 0
-        if not missing or not self._bytes_per_ns:
+        if not missing or not 0 < self._bytes_per_ns * _SLOW_NS < _MOST_BYTES:
             return 0.0
         rest_ns = min(min(missing * _SHARE, _MOST_BYTES) / self._bytes_per_ns, _MOST_NS)
         return rest_ns / 1e9 if rest_ns >= _LEAST_NS else 0.0

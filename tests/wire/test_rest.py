@@ -52,8 +52,9 @@ def test_slow_link_is_read_seldom_and_no_payload_is_late() -> None:
     assert slow.reads <= 20 * 8  # of 21 packets each
 
 
-def test_link_that_brings_much_in_a_millisecond_is_read_at_once() -> None:
-    fast = Received(117e6)  # 1 Gbit/s
+@pytest.mark.parametrize("bytes_per_s", [117e6, 11.7e6])
+def test_link_of_100_megabits_a_second_and_more_is_read_at_once(bytes_per_s: float) -> None:
+    fast = Received(bytes_per_s)
     for _ in range(20):
         fast.payload(4 << 20)
     assert [fast.rest.after(PACKET, missing) for missing in (1 << 20, PACKET)] == [0.0, 0.0]
