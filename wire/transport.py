@@ -404,7 +404,7 @@ async def connect(
             connection.abort()
         raise
     failure = connection._channel.failure
-    if failure is not None and (coming_back is None or connection.hello is None):
+    if failure is not None and not isinstance(connection.hello, Rejoin):
         await connection.close()
         reason, final = explain_refusal(failure), is_final(failure)
         hung_up = isinstance(failure, ConnectionLost) and not isinstance(failure, TlsFailed)

@@ -889,14 +889,18 @@ async def test_client_that_comes_back_does_not_wait_for_an_answer() -> None:
     await server.close()
 
 
+async def is_told_of_a_stale_ticket(connection: Connection) -> None:
+    with pytest.raises(PeerError, match="greet, and resume") as told:
+        await connection.receive()
+    assert told.value.code == "stale_ticket"
+    await connection.close()
+
+
 @on_both_loops
 async def test_client_that_comes_back_with_a_bad_ticket_is_told() -> None:
     async with serving() as server:
         connection = await connect(server.host, server.port, None, COMING_BACK)
-        with pytest.raises(PeerError, match="greet, and resume") as told:
-            await connection.receive()
-        assert told.value.code == "stale_ticket"
-        await connection.close()
+        await is_told_of_a_stale_ticket(connection)
 
 
 @on_both_loops
@@ -916,10 +920,7 @@ async def test_client_that_comes_back_is_told_alike_where_the_answer_is_there_at
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("wire.transport.dial", late)
             connection = await connect("127.0.0.1", port, None, COMING_BACK)
-        with pytest.raises(PeerError, match="greet, and resume") as told:
-            await connection.receive()
-        assert told.value.code == "stale_ticket"
-        await connection.close()
+        await is_told_of_a_stale_ticket(connection)
 
 
 @on_both_loops
