@@ -12,6 +12,7 @@ from edge.cli_options import (
     CALIBRATE_OPTIONS,
     EVALUATE_OPTIONS,
     FLOPS_OPTIONS,
+    PLAN_OPTIONS,
     SECURITY_OPTIONS,
     SERVER,
     TRAIN_OPTIONS,
@@ -102,6 +103,34 @@ def evaluate(context: click.Context, /, debug: bool, modules: tuple[str, ...], *
         evaluate_command(TrainConfig(**options, only_evaluates=True, augment=False))
 
     options["cuts"], options["compress"] = tuple(options["cuts"] or ()), tuple(options["compress"])
+    run_command(work, debug=debug)
+
+
+@cli.command()
+@SERVER
+@_with(SECURITY_OPTIONS)
+@_with(PLAN_OPTIONS)
+def plan(debug: bool, modules: tuple[str, ...], **options: Any) -> None:
+    """Say where to cut a model and what to compress, from what this machine, the server and the link take.
+
+    \b
+        edge-client plan --server HOST:PORT --model resnet50
+        edge-client plan --rate 100 --delay 20 --cloud-speed 10
+    """  # noqa: D301  (to click it is a backspace: the next lines stay as they are)
+
+    def work() -> None:
+        from common.imports import import_modules
+        from edge.planner import PlanConfig, plan_command
+
+        import_modules(modules)
+        asked = {name: options.pop(name) for name in ("rate_mbit_s", "delay_ms", "cloud_speed", "json")}
+        candidates, server = tuple(options.pop("candidates") or ()), options.pop("server")
+        training = TrainConfig(**options, server=server or "127.0.0.1:1")
+        plan_command(
+            PlanConfig(training=training, candidates=candidates, asks_server=server is not None, **asked)
+        )
+
+    options["cuts"] = tuple(options["cuts"] or ())
     run_command(work, debug=debug)
 
 

@@ -26,7 +26,7 @@ def _fitting(name: str, help: str, type: type = int) -> Any:
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
-_MODEL_OPTIONS = (
+_WHAT_OPTIONS = (
     _option(
         "--model", "A torchvision classifier's name, a registered model's, or hf:NAME or hf:FOLDER for text."
     ),
@@ -53,10 +53,13 @@ _MODEL_OPTIONS = (
         "--padding", "Pad texts to the longest of a chunk, or to --max-length.", type=click.Choice(PADDINGS)
     ),
     _option("--num-classes", "Outputs of the classifier.  [default: the data set's]", type=int),
+)
+_MODEL_OPTIONS = (
+    *_WHAT_OPTIONS,
     _option(
         "--compress",
-        "What to compress with, such as conv+int8, or decay for tokens. Repeat as WHERE=SPEC to set a cut "
-        "(cut1, cut2), a direction (act, grad) or both (cut1.grad) apart.",
+        "What to compress with, such as conv+int8, or decay for tokens; in training auto measures and chooses. "
+        "Repeat as WHERE=SPEC to set a cut (cut1, cut2), a direction (act, grad) or both (cut1.grad) apart.",
         metavar="[WHERE=]SPEC",
         multiple=True,
     ),
@@ -139,6 +142,45 @@ TRAIN_OPTIONS = (
         is_flag=True,
         help="Compute on the CPU. The edge always does; so does the demo's server then.",
     ),
+    _DEBUG,
+)
+
+PLAN_OPTIONS = (
+    *_WHAT_OPTIONS,
+    _option(
+        "--compress",
+        "Compare this; repeat for others, those that lose least first. Several values of training's option stand in "
+        "one, with spaces between.  [default: some that suit the model]",
+        field="candidates",
+        metavar="SPEC",
+        multiple=True,
+        default=None,
+    ),
+    click.option(
+        "--rate",
+        "rate_mbit_s",
+        type=float,
+        help="Assume a link of so many Mbit/s in place of the one there is.",
+    ),
+    click.option("--delay", "delay_ms", type=float, help="Its one-way delay in ms.  [default: 0]"),
+    click.option(
+        "--cloud-speed",
+        type=float,
+        help="Without a server: assume that it computes so many times as fast as this machine.  [default: 1]",
+    ),
+    _RAGGED,
+    _option("--batch-size", "Samples a step.", type=int),
+    _option("--chunks", "Micro-batches a step.", type=int),
+    _option("--depth", "Most chunks in flight.  [default: what is fastest]", type=int),
+    _SEED,
+    _AMP,
+    _MEMORY_FORMAT,
+    _THREADS,
+    click.option(
+        "--augment/--no-augment", default=True, show_default=True, help="Flip and crop training images."
+    ),
+    click.option("--json", is_flag=True, help="Print one JSON object."),
+    _IMPORT,
     _DEBUG,
 )
 

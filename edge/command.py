@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from common.errors import IsthmusError
+from edge.auto import settle
 from edge.config import TrainConfig
 from edge.local_server import local_server
 from edge.progress import open_progress
@@ -66,6 +67,7 @@ def _run(config: TrainConfig, resumed: SessionKey | None) -> TrainResult:
 
 async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> TrainResult:
     progress = open_progress(sys.stdout)
+    config = await settle(config, progress.note)
     trainer = Trainer(config, progress, resumed=resumed)
     loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
     task = asyncio.ensure_future(trainer.run())

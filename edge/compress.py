@@ -22,6 +22,9 @@ from wire.codecs.registry import codec_class
 from wire.codecs.spec import NONE, StageSpec, check_chain, spell_chain, split_chain
 from wire.streams import uses_ids
 
+AUTO = "auto"
+"""In place of a specification: to be chosen when training begins, see `edge.auto`."""
+
 BOTTLENECKS = tuple(KINDS)
 _WHOLE_CUTS = ("", "cut1", "cut2")
 _WHERE = re.compile(r"(?P<where>[A-Za-z0-9.]+)=(?P<spec>.*)", re.DOTALL)
@@ -41,6 +44,11 @@ class Compression:
     codecs: dict[str, str]
 
 
+def asks_for_auto(texts: Sequence[str]) -> bool:
+    """Whether a value of ``--compress`` leaves the choice to measurements."""
+    return any(text.rpartition("=")[2].strip() == AUTO for text in texts)
+
+
 def parse_compress(texts: Sequence[str]) -> Compression:
     """Read the values of ``--compress``.
 
@@ -49,6 +57,10 @@ def parse_compress(texts: Sequence[str]) -> Compression:
             direction only.
         SpecError: a chain that does not parse, pointing at the character.
     """
+    if asks_for_auto(texts):
+        raise UserError(
+            f"--compress {AUTO} is for training alone; edge-client plan says what it would choose"
+        )
     settings: dict[str, tuple[str, str]] = {}
     for text in texts:
         place, spec = _place(text)

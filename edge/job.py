@@ -1,38 +1,29 @@
 """What a run starts from on the edge: data, the model cut in three, and the job to ask the server for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from common import text_config, text_models
-from common.bottleneck import with_bottleneck
-from common.errors import UserError
 from common.model_spec import ModelSpec
-from common.models import build_model, default_image_size, is_path, model_inputs, weights_file
+from common.models import is_path, weights_file
 from common.narrowing import committed_steps
 from common.optim import OptimSpec
-from common.partition import Split, preset_cuts, split
-from common.propagate import TensorInfo
+from common.partition import Split
 from common.spec import STREAMS, JobSpec
 from common.weights import partition_state, state_digest
 from edge.bottleneck_file import Purpose
 from edge.bottleneck_start import start_bottleneck
-from edge.compress import check_fit, check_lengths, check_repetition, parse_compress, with_ragged
+from edge.compress import check_repetition, parse_compress
 from edge.config import TrainConfig
-from edge.data.datasets import open_dataset
 from edge.data.loader import batch_count
-from edge.data.samples import ImageSamples, Samples, TextSamples
-from edge.data.text import Tokens, is_text_data, open_text
+from edge.data.samples import Samples
+from edge.opened import count_steps, cut, fit_codecs, open_model
 from wire.messages import Ready
 
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 TEXT_LR = {"sgd": 0.005, "adamw": 2e-5}
-
-RANDOM = "random"
-"""As weights: random ones, even where a model comes with others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +73,11 @@ def prepare(config: TrainConfig, *, fresh_bottleneck: bool = False) -> Job:
     """
     compression = parse_compress(config.compress)
     check_repetition(compression, varied=config.augment and not text_config.is_text(config.model))
-    samples, model_spec = _open(config)
-    if config.only_evaluates and model_spec.weights is None and config.weights != RANDOM:
-        raise UserError(
-            f"{config.model} has random weights: give those that were trained, as --weights FILE or by name"
-        )
-    model = build_model(model_spec, whole=config.only_evaluates)
-    inputs = model_inputs(model_spec)
-    total_steps = config.steps or config.epochs * batch_count(samples.train_size, config.batch_size)
-    total_steps = 0 if config.only_evaluates else total_steps
-    if model_spec.config is None:
-        _check_smallest_chunk(model, config, inputs, samples=samples.train_size, steps=max(total_steps, 1))
-    cuts = (config.cuts[0], config.cuts[1]) if config.cuts else preset_cuts(config.model, model)
-    parts = with_bottleneck(split(model, cuts, inputs), compression.bottlenecks, seed=config.seed)
-    if config.ragged and not text_config.mixes_padding(model_spec.config):
-        compression = with_ragged(compression, (parts.cut1, parts.cut2))
-    check_lengths((parts.dense1, parts.dense2), (parts.cut1, parts.cut2), padding=config.padding)
-    check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
+    opened = open_model(config)
+    samples, model_spec, model, cuts = opened.samples, opened.spec, opened.model, opened.cuts
+    parts = cut(opened, cuts, compression.bottlenecks, config)
+    compression = fit_codecs(opened, parts, compression, config)
+    total_steps = count_steps(config, samples)
     purpose = Purpose.of(parts, model=config.model, cuts=cuts, bottlenecks=compression.bottlenecks)
     trained = None if fresh_bottleneck else weights_file(model_spec)
     started = start_bottleneck(config, parts, purpose, samples, trained=trained)
@@ -135,74 +114,6 @@ def prepare(config: TrainConfig, *, fresh_bottleneck: bool = False) -> Job:
     )
 
 
-def _open(config: TrainConfig) -> tuple[Samples, ModelSpec]:
-    """Open the data, and describe the model that fits them."""
-    text = text_config.is_text(config.model)
-    if text is not is_text_data(config.data):
-        one, other = ("text", "images") if text else ("images", "text")
-        fitting = "cola:PATH or hf:NAME" if text else "digits, cifar10 or folder:PATH"
-        raise UserError(
-            f"{config.model} takes {one} and --data {config.data} holds {other}; give --data {fitting}, or "
-            "another --model"
-        )
-    return _open_text(config) if text else _open_images(config)
-
-
-def _open_images(config: TrainConfig) -> tuple[Samples, ModelSpec]:
-    if config.max_length is not None:
-        raise UserError(f"--max-length is for text, and {config.model} takes images; leave it out")
-    dataset = open_dataset(
-        config.data,
-        seed=config.seed,
-        root=config.data_root,
-        train_limit=config.train_limit,
-        test_limit=config.test_limit,
-        download=True,
-    )
-    weights = None if config.weights == RANDOM else config.weights
-    published = None if weights is None or is_path(weights) else weights
-    num_classes = _num_classes(config, dataset.classes)
-    spec = ModelSpec(
-        name=config.model,
-        num_classes=num_classes,
-        weights=weights,
-        seed=config.seed,
-        image_size=config.image_size or default_image_size(config.model, published),
-    )
-    assert spec.image_size is not None
-    return ImageSamples(dataset, spec.image_size, seed=config.seed, augment=config.augment), spec
-
-
-def _open_text(config: TrainConfig) -> tuple[Samples, ModelSpec]:
-    if config.image_size is not None:
-        raise UserError(f"--image-size is for images, and {config.model} takes text; leave it out")
-    description = text_models.read_config(config.model)
-    dataset = open_text(
-        config.data, seed=config.seed, train_limit=config.train_limit, test_limit=config.test_limit
-    )
-    weights = config.weights
-    if weights in (None, "DEFAULT", text_models.PRETRAINED):
-        has_some = weights is not None or text_models.has_weights(config.model)
-        weights = text_models.PRETRAINED if has_some else None
-    spec = ModelSpec(
-        name=config.model,
-        num_classes=_num_classes(config, dataset.classes),
-        weights=None if weights == RANDOM else weights,
-        seed=config.seed,
-        config=description,
-        tokens=text_config.choose_length(config.model, description, config.max_length),
-    )
-    tokens = Tokens(config.model, model_inputs(spec), longest=config.padding == "longest")
-    return TextSamples(dataset, tokens, seed=config.seed), spec
-
-
-def _num_classes(config: TrainConfig, classes: Sequence[str]) -> int:
-    number = config.num_classes or len(classes)
-    if number < len(classes):
-        raise UserError(f"--num-classes {number} is too few: {config.data} has {len(classes)} classes")
-    return number
-
-
 def _optim(config: TrainConfig, total_steps: int) -> OptimSpec:
     """Fill in what is usual: for images from scratch, and for text encoders that are fine-tuned."""
     text = text_config.is_text(config.model)
@@ -221,35 +132,6 @@ def _optim(config: TrainConfig, total_steps: int) -> OptimSpec:
         power=config.power,
         clip_norm=config.clip_norm,
     )
-
-
-def _check_smallest_chunk(
-    model: nn.Module, config: TrainConfig, inputs: Sequence[TensorInfo], *, samples: int, steps: int
-) -> None:
-    """Find out before training whether a chunk of a single sample, where there will be one, can be normalised.
-
-    BatchNorm needs more than one value of each channel, which one small image does not give it.
-    """
-    full, rest = divmod(samples, config.batch_size)
-    batches = [config.batch_size] * (full > 0) + [rest] * (rest > 0 and steps > full)
-    single = [size for size in batches if _last_chunk(size, config.chunks) == 1]
-    if not single:
-        return
-    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            functional_call(model, state, tuple(torch.empty(i.batched(1), device="meta") for i in inputs))
-    except ValueError as error:
-        raise UserError(
-            f"{config.model} cannot train on a chunk of one sample at {inputs[0].shape[-1]} px ({error}), and a batch "
-            f"of {single[0]} samples in {config.chunks} chunks has one: change --batch-size, --chunks or --image-size"
-        ) from error
-
-
-def _last_chunk(batch: int, chunks: int) -> int:
-    """Return how many samples the last chunk has, as `torch.chunk` cuts."""
-    size = -(-batch // chunks)
-    return batch % size or size
 
 
 def _known_to_the_server(model: ModelSpec) -> str | None:

@@ -39,6 +39,9 @@ class Trainer:
         progress: is shown what happens.
         keep_state: fetch the trained model even where no file is asked for.
         resumed: the session of a run that goes on from the checkpoints in `config.checkpoint`; None for a new run.
+
+    Attributes:
+        tuner: has what the first steps took; there once the server has taken the job.
     """
 
     def __init__(
@@ -70,11 +73,6 @@ class Trainer:
         self._context: Context | None = None
         self._saves: Saves | None = None
         self._folder: RunFolder | None = None
-        self._feed: Feed
-        self._evaluations: Evaluations
-        self._lanes: Lanes
-        self._pipeline: Pipeline
-        self._tuner: Tuner
 
     def stop(self) -> None:
         """Ask the run to end after the step under way."""
@@ -167,7 +165,7 @@ class Trainer:
         resources.callback(context.close)
         self._pipeline = Pipeline(context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16")
         self._feed = Feed(job, channels_last=ready.memory_format == "channels_last")
-        self._tuner = Tuner(config.chunks, config.depth)
+        self.tuner = Tuner(config.chunks, config.depth)
         self._evaluations = Evaluations(job, self._progress, self._supervisor)
         if self._folder is not None:
             self._folder.update_settings(config)
@@ -250,10 +248,10 @@ class Trainer:
             self._batch.inputs,
             self._batch.labels,
             chunks=self._config.chunks,
-            depth=self._tuner.plan.depth,
+            depth=self.tuner.plan.depth,
             sample_ids=self._batch.sample_ids,
         )
-        await self._tuner.tune(self._lanes, link, busy)
+        await self.tuner.tune(self._lanes, link, busy)
         self._report()
         busy.end(self._lanes, link)
 
@@ -297,4 +295,6 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     Raises:
         As `Trainer.run`.
     """
-    return run(Trainer(config, progress or SilentProgress(), keep_state=True).run())
+    from edge.auto import train_settled  # here, for it trains to find out
+
+    return run(train_settled(config, progress or SilentProgress()))

@@ -45,6 +45,8 @@ class Tuner:
 
     Attributes:
         plan: what to do now.
+        measured: what the measured steps cost, of each kind of work the quickest; None before the first.
+        link: what carried them, as it was measured.
     """
 
     def __init__(self, chunks: int, depth: int | None) -> None:
@@ -52,6 +54,8 @@ class Tuner:
         self._depth = depth if depth is None else min(chunks, depth)
         self._steps = 0
         self._quickest_s: dict[str, float] = {}
+        self.measured: StepModel | None = None
+        self.link: LinkCost | None = None
         self.plan = Plan(min(chunks, FIRST_DEPTH) if self._depth is None else self._depth)
 
     @property
@@ -79,15 +83,17 @@ class Tuner:
         if not self.wants_measurements:
             return
         await link.confirmed()
+        rtt_s = max(link.connection.rtt_s or 0.0, 0.0)
         model = measured_model(
             chunks=self._chunks,
             edge=edge,
             cloud=busy.cloud_detail,
             sizes=sizes,
             up_bit_s=link.sent.rate_bit_s,
-            rtt_s=link.connection.rtt_s or 0.0,
+            rtt_s=rtt_s,
             shared_cores=link.is_local,
         )
+        self.link = replace(model.link, delay_s=rtt_s / 2)
         plan = await asyncio.to_thread(self.choose, model)
         link.connection.lead(plan.lead)
 
@@ -102,7 +108,7 @@ class Tuner:
         for kind, seconds in model.chunks[0].seconds.items():
             self._quickest_s[kind] = min(seconds, self._quickest_s.get(kind, seconds))
         cost = replace(model.chunks[0], seconds=dict(self._quickest_s))
-        model = replace(model, chunks=(cost,) * len(model.chunks))
+        self.measured = model = replace(model, chunks=(cost,) * len(model.chunks))
         self.plan = best_plan(model, depth=self._depth)
         return self.plan
 
@@ -152,20 +158,26 @@ def measured_model(
         },
         messages={kind: message(kind) for kind in _ANSWERS},
     )
+    link = LinkCost(up_bit_s=up_bit_s, down_bit_s=down_bit_s, delay_s=max(rtt_s, 0.0) / 2)
+    return StepModel.even(cost, chunks, late(link, cost), shared_cores=shared_cores)
+
+
+def late(link: LinkCost, cost: ChunkCost) -> LinkCost:
+    """Add to a link's delay what keeps chunks like these waiting besides.
+
+    A busy link delays by what it holds in queues, those of the kernel and of the network, and no two actions take
+    exactly the same.
+    """
     up_s, down_s = (
         sum(cost.messages[kind].size_bytes for kind in kinds) * 8 / rate_bit_s
-        for kinds, rate_bit_s in ((("0F", "2T"), up_bit_s), (("1F", "1B"), down_bit_s))
+        for kinds, rate_bit_s in ((("0F", "2T"), link.up_bit_s), (("1F", "1B"), link.down_bit_s))
     )
-    # A busy link delays by what it holds in queues besides: those of the kernel and of the network.
     edge_s, cloud_s = (
         sum(cost.seconds[kind] for kind in kinds) for kinds in (("0F", "2T", "0B"), ("1F", "1B"))
     )
     link_s = max(up_s, down_s)
     share = link_s / max(link_s, edge_s, cloud_s, 1e-9)
-    late_s = LATE_SHARE * max(cost.seconds.values())
-    delay_s = max(rtt_s, 0.0) / 2 + QUEUE_S * share + late_s
-    link = LinkCost(up_bit_s=up_bit_s, down_bit_s=down_bit_s, delay_s=delay_s)
-    return StepModel.even(cost, chunks, link, shared_cores=shared_cores)
+    return replace(link, delay_s=link.delay_s + QUEUE_S * share + LATE_SHARE * max(cost.seconds.values()))
 
 
 def _rate(bit_s: float) -> float:
