@@ -19,7 +19,7 @@ from cloud.turns import Turns
 from common.spec import JobSpec
 from wire.auth import REJOINED, RESUME, is_proof, prove
 from wire.errors import RemoteProtocolError
-from wire.messages import Open, Ready, Rejoin, Resume
+from wire.messages import Bye, Open, Ready, Rejoin, Resume
 from wire.transport import Connection
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class Service:
                 tenant, ready = await self._resume(message, connection)
             case Rejoin():
                 tenant, ready = await self._rejoin(message)
+            case Bye():
+                return  # whoever only wanted to know whether there is a server
             case _:
                 raise RemoteProtocolError(f"expected open or resume, got {message.kind}")
         conversation = Conversation(connection, tenant, self._register.monitor)

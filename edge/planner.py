@@ -26,7 +26,7 @@ from edge.compress import Compression, check_repetition, parse_compress
 from edge.config import TrainConfig
 from edge.opened import Opened, open_model
 from edge.plan_report import PlanReport, Row, mildest
-from edge.probe import Speeds, Surroundings, greet, probe
+from edge.probe import Place, Speeds, Surroundings, greet, probe
 from edge.tuner import late
 from wire.transport import run
 
@@ -197,13 +197,12 @@ async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanR
     specs = [tuple(spec.split()) for spec in config.candidates or LADDERS[kind]]
     for spec in specs:  # what is wrong with one shows before anything is measured
         check_repetition(parse_compress(spec), varied=training.augment and kind == "images")
-    if config.asks_server:
-        await greet(training)
+    place = await greet(training) if config.asks_server else None
     opened = await asyncio.to_thread(open_model, training)
     note(f"timing chunks of {-(-training.batch_size // training.chunks)} samples on this machine")
     costs = await asyncio.to_thread(ChunkCosts, opened, training)
     alone = await asyncio.to_thread(costs.cost, opened.cuts, parse_compress(("none",)))
-    around = await _surroundings(config, costs, opened.cuts, note)
+    around = await _surroundings(config, costs, opened.cuts, place, note)
     planner = Planner(opened, training, costs, around)
     compared = [
         rows
@@ -229,12 +228,12 @@ async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanR
 
 
 async def _surroundings(
-    config: PlanConfig, costs: ChunkCosts, cuts: tuple[str, str], note: Note
+    config: PlanConfig, costs: ChunkCosts, cuts: tuple[str, str], place: Place | None, note: Note
 ) -> Surroundings:
-    if config.asks_server:
+    if place is not None:
         server = config.training.server
         note(f"measuring {server}" if config.link else f"measuring {server} and the link to it")
-        return await probe(config.training, costs, cuts, link=config.link)
+        return await probe(config.training, costs, cuts, place, link=config.link)
     assert config.link is not None
     share = 1 / (config.cloud_speed or 1.0)
     return Surroundings(link=config.link, speeds=Speeds(cloud=share, cloud_codecs=share))

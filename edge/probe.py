@@ -1,10 +1,18 @@
 """What a server and the link to it are like, found by a few training steps that lead to nothing."""
 
-from collections.abc import Iterable
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from common.cost import ChunkCost, Link
+from common.cost import ChunkCost, Link, Message
 from common.errors import UserError
+from common.lanes import COMPUTE, DECODE, ENCODE
 from common.trace import Tracer
 from edge.chunk_costs import ChunkCosts
 from edge.compress import parse_compress
@@ -14,7 +22,7 @@ from edge.opened import RANDOM
 from edge.progress import SilentProgress
 from edge.security import wire_config
 from edge.trainer import Trainer
-from edge.tuner import MEASURED_STEPS
+from edge.tuner import ANSWERS
 
 LIGHT = ("conv+int8", "int8")
 """What the first steps are compressed with: the first that suits what crosses."""
@@ -25,10 +33,9 @@ HEAVY = ("none", "int8")
 MOST_S = 4.0
 """How long one step may take that measures the link."""
 
-UNPACED = 2.0
-"""How many times longer than they should messages have to take, for the link's pace not to be believed."""
-
-_CHUNKS = 2
+_CHUNKS, _STEPS = 2, 4
+_LOOKS, _LOOK_S = 100, 0.05
+_LEAST_S = 1e-6  # what clocks are apart may make a way look shorter than none
 _EDGE, _CLOUD = ("0F", "2T", "0B"), ("1F", "1B")
 _UP, _DOWN = ("0F", "2T"), ("1F", "1B")
 
@@ -78,6 +85,19 @@ class Speeds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a server is.
+
+    Attributes:
+        delay_s: one-way delay of the link to it.
+        is_local: it runs on this very machine.
+    """
+
+    delay_s: float
+    is_local: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Surroundings:
     """What a plan is for.
 
@@ -92,19 +112,29 @@ class Surroundings:
     shared_cores: bool = False
 
 
-async def greet(config: TrainConfig) -> None:
+async def greet(config: TrainConfig) -> Place:
     """Connect to the server and leave, so that what is wrong with it shows before anything is measured.
 
     Raises:
         UserError: the settings of the connection do not go together.
         WireError: the server cannot be reached, or turns this client away.
     """
-    async with open_link(*parse_address(config.server), Tracer("edge", enabled=False), wire_config(config)):
-        pass
+    address, tracer = parse_address(config.server), Tracer("edge", enabled=False)
+    async with open_link(*address, tracer, wire_config(config)) as link:
+        for _ in range(_LOOKS):  # until the server has answered the first pings
+            await asyncio.sleep(_LOOK_S)
+            if link.connection.rtt_s is not None:
+                break
+        return Place(delay_s=(link.connection.rtt_s or 0.0) / 2, is_local=link.is_local)
 
 
 async def probe(
-    config: TrainConfig, costs: ChunkCosts, cuts: tuple[str, str], *, link: Link | None = None
+    config: TrainConfig,
+    costs: ChunkCosts,
+    cuts: tuple[str, str],
+    place: Place,
+    *,
+    link: Link | None = None,
 ) -> Surroundings:
     """Measure a server and the link to it.
 
@@ -112,25 +142,26 @@ async def probe(
         config: of the run that is to be planned; the server builds its model, with random weights.
         costs: of the same model on this machine.
         cuts: of the run.
+        place: where the server is.
         link: one to assume in place of the one there is, which is not measured then.
 
     Raises:
-        UserError: the server is refused, or refuses, for what the settings say.
+        UserError: the server refuses what the settings say.
         WireError: it cannot be reached, or the link failed.
     """
     light, local = _lightest(costs, cuts)
-    steps = await _steps(config, cuts, light)
+    steps = await _steps(config, cuts, light, place.delay_s)
     around = Surroundings(
         link=link or steps.link,
         speeds=Speeds.between(steps.cost, local),
-        shared_cores=steps.shared_cores,
+        shared_cores=place.is_local,
     )
     if link is not None:
         return around
     for heavy in HEAVY:
         more = _bytes(costs.cost(cuts, parse_compress((heavy,)))) / max(1, _bytes(steps.cost))
-        if heavy != light and steps.chunks * steps.moving_s * more <= MOST_S:
-            heavier = await _steps(config, cuts, heavy)
+        if heavy != light and _CHUNKS * steps.moving_s * more <= MOST_S:
+            heavier = await _steps(config, cuts, heavy, place.delay_s)
             return replace(around, link=heavier.link)
     return around
 
@@ -140,37 +171,64 @@ class Steps:
     """What a few steps came to, of chunks that were alone on their way.
 
     Attributes:
-        cost: of a chunk.
-        chunks: of a step.
-        step_s: seconds of a step.
-        paced: the link as its two ends saw it take what they sent; a kernel may have taken all of it at once.
-        shared_cores: both sides compute on this machine.
+        cost: of a chunk, its times the medians.
+        link: what carried them.
+        moving_s: how long the messages of a chunk were on their way, without the link's delay.
     """
 
     cost: ChunkCost
-    chunks: int
-    step_s: float
-    paced: Link
-    shared_cores: bool
+    link: Link
+    moving_s: float
 
-    @property
-    def moving_s(self) -> float:
-        """Seconds that a chunk was on its way: of its step, what is neither work nor delay."""
-        work_s = (
-            sum(self.cost.seconds.values()) + _codecs(self.cost, _UP, _DOWN) + _codecs(self.cost, _DOWN, _UP)
-        )
-        return max(0.0, self.step_s / self.chunks - work_s - len(self.cost.messages) * self.paced.delay_s)
+    @classmethod
+    def of_timeline(cls, spans: Sequence[Mapping[str, Any]], delay_s: float) -> "Steps":
+        """Take a timeline apart; its first step is left out, which pays for what is made once.
 
-    @property
-    def link(self) -> Link:
-        """The link: as it was paced, or where that cannot be, for chunks took far longer, as fast as they went."""
-        carrying_s = sum(
-            message.size_bytes * 8 / (self.paced.up_bit_s if kind in _UP else self.paced.down_bit_s)
-            for kind, message in self.cost.messages.items()
+        Args:
+            spans: as in Chrome's trace format, times in microseconds.
+            delay_s: one-way delay of the link.
+        """
+        sides = {span["pid"]: span["args"]["name"] for span in spans if span["name"] == "process_name"}
+        found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+        for span in spans:
+            if span["ph"] == "X":
+                found[sides[span["pid"]], span["cat"], span["name"]].append(span)
+
+        def of(kind: str, side: str, lane: str) -> list[Mapping[str, Any]]:
+            """All spans of a kind, chunk by chunk and step by step."""
+            chunks = (found.get((side, lane, f"{kind}{chunk}"), [])[1:] for chunk in range(_CHUNKS))
+            return [span for steps in chunks for span in steps]
+
+        def lasted_s(kind: str, side: str, lane: str) -> float:
+            spans = of(kind, side, lane)
+            return median(span["dur"] for span in spans) / 1e6 if spans else 0.0
+
+        messages, moving_s, rates = {}, {}, {}
+        for kind, then in ANSWERS.items():
+            sender, receiver = ("edge", "cloud") if kind in _UP else ("cloud", "edge")
+            sent, arrived = of(kind, sender, "send"), of(then, receiver, DECODE)
+            size = fmean(span["args"]["bytes"] for span in sent)
+            ways_s = [(end["ts"] - start["ts"]) / 1e6 for start, end in zip(sent, arrived, strict=False)]
+            moving_s[kind] = max(median(ways_s) - delay_s, _LEAST_S)
+            messages[kind] = Message(
+                size_bytes=round(size),
+                encode_s=lasted_s(kind, sender, ENCODE),
+                decode_s=lasted_s(then, receiver, DECODE),
+            )
+        for kinds in (_UP, _DOWN):
+            carried = sum(messages[kind].size_bytes for kind in kinds)
+            rates[kinds] = carried * 8 / sum(moving_s[kind] for kind in kinds)
+        return cls(
+            cost=ChunkCost(
+                seconds={
+                    kind: lasted_s(kind, "cloud" if kind in _CLOUD else "edge", COMPUTE)
+                    for kind in (*_EDGE, *_CLOUD)
+                },
+                messages=messages,
+            ),
+            link=Link(up_bit_s=rates[_UP], down_bit_s=rates[_DOWN], delay_s=delay_s),
+            moving_s=sum(moving_s.values()),
         )
-        if carrying_s * UNPACED >= self.moving_s:
-            return self.paced
-        return self.paced.scaled(carrying_s / self.moving_s)
 
 
 def _lightest(costs: ChunkCosts, cuts: tuple[str, str]) -> tuple[str, ChunkCost]:
@@ -183,11 +241,12 @@ def _lightest(costs: ChunkCosts, cuts: tuple[str, str]) -> tuple[str, ChunkCost]
     return last, costs.cost(cuts, parse_compress((last,)))
 
 
-async def _steps(config: TrainConfig, cuts: tuple[str, str], spec: str) -> Steps:
+async def _steps(config: TrainConfig, cuts: tuple[str, str], spec: str, delay_s: float) -> Steps:
     """Train a few steps with one chunk in flight, so that nothing waits for anything else, not for a core either."""
     size = -(-config.batch_size // config.chunks)
-    trainer = Trainer(
-        replace(
+    with TemporaryDirectory(prefix="isthmus-") as folder:
+        timeline = Path(folder, "timeline.json")
+        steps = replace(
             config,
             weights=RANDOM,  # nothing is learnt, and the server can make them
             cuts=cuts,
@@ -196,27 +255,22 @@ async def _steps(config: TrainConfig, cuts: tuple[str, str], spec: str) -> Steps
             batch_size=_CHUNKS * size,
             chunks=_CHUNKS,
             depth=1,
-            steps=max(MEASURED_STEPS),
+            steps=_STEPS,
             eval_every=0,
             save=None,
             checkpoint=None,
             metrics=None,
-            trace=None,
+            trace=timeline,
             give_up_after=60.0,
-        ),
-        SilentProgress(),
-    )
-    result = await trainer.run()
-    model, link = trainer.tuner.measured, trainer.tuner.link
-    assert model is not None
-    assert link is not None
-    return Steps(
-        cost=model.chunks[0],
-        chunks=_CHUNKS,
-        step_s=result.summary.median_step_s or 0.0,
-        paced=link,
-        shared_cores=model.shared_cores,
-    )
+        )
+        await Trainer(steps, SilentProgress()).run()
+        events = await asyncio.to_thread(_events, timeline)
+    return Steps.of_timeline(events, delay_s)
+
+
+def _events(timeline: Path) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = json.loads(timeline.read_text())["traceEvents"]
+    return events
 
 
 def _share(seconds: float, of: float) -> float:

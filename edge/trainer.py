@@ -39,9 +39,6 @@ class Trainer:
         progress: is shown what happens.
         keep_state: fetch the trained model even where no file is asked for.
         resumed: the session of a run that goes on from the checkpoints in `config.checkpoint`; None for a new run.
-
-    Attributes:
-        tuner: has what the first steps took; there once the server has taken the job.
     """
 
     def __init__(
@@ -165,7 +162,7 @@ class Trainer:
         resources.callback(context.close)
         self._pipeline = Pipeline(context, clip_norm=config.clip_norm, skip_overflow=config.amp == "fp16")
         self._feed = Feed(job, channels_last=ready.memory_format == "channels_last")
-        self.tuner = Tuner(config.chunks, config.depth)
+        self._tuner = Tuner(config.chunks, config.depth)
         self._evaluations = Evaluations(job, self._progress, self._supervisor)
         if self._folder is not None:
             self._folder.update_settings(config)
@@ -248,10 +245,10 @@ class Trainer:
             self._batch.inputs,
             self._batch.labels,
             chunks=self._config.chunks,
-            depth=self.tuner.plan.depth,
+            depth=self._tuner.plan.depth,
             sample_ids=self._batch.sample_ids,
         )
-        await self.tuner.tune(self._lanes, link, busy)
+        await self._tuner.tune(self._lanes, link, busy)
         self._report()
         busy.end(self._lanes, link)
 

@@ -32,8 +32,8 @@ LATE_SHARE = 0.15
 Means = Mapping[str, Mapping[str, float]]
 """Mean seconds by lane (`compute`, `encode`, `decode`) and kind of action."""
 
-# Of each kind of message: the kind of action that decoding it makes possible.
-_ANSWERS = {"0F": "1F", "1F": "2T", "2T": "1B", "1B": "0B"}
+ANSWERS = {"0F": "1F", "1F": "2T", "2T": "1B", "1B": "0B"}
+"""Of each kind of message: the kind of action that decoding it makes possible."""
 
 
 class Tuner:
@@ -45,8 +45,6 @@ class Tuner:
 
     Attributes:
         plan: what to do now.
-        measured: what the measured steps cost, of each kind of work the quickest; None before the first.
-        link: what carried them, as it was measured.
     """
 
     def __init__(self, chunks: int, depth: int | None) -> None:
@@ -54,8 +52,6 @@ class Tuner:
         self._depth = depth if depth is None else min(chunks, depth)
         self._steps = 0
         self._quickest_s: dict[str, float] = {}
-        self.measured: StepModel | None = None
-        self.link: LinkCost | None = None
         self.plan = Plan(min(chunks, FIRST_DEPTH) if self._depth is None else self._depth)
 
     @property
@@ -83,17 +79,15 @@ class Tuner:
         if not self.wants_measurements:
             return
         await link.confirmed()
-        rtt_s = max(link.connection.rtt_s or 0.0, 0.0)
         model = measured_model(
             chunks=self._chunks,
             edge=edge,
             cloud=busy.cloud_detail,
             sizes=sizes,
             up_bit_s=link.sent.rate_bit_s,
-            rtt_s=rtt_s,
+            rtt_s=link.connection.rtt_s or 0.0,
             shared_cores=link.is_local,
         )
-        self.link = replace(model.link, delay_s=rtt_s / 2)
         plan = await asyncio.to_thread(self.choose, model)
         link.connection.lead(plan.lead)
 
@@ -108,7 +102,7 @@ class Tuner:
         for kind, seconds in model.chunks[0].seconds.items():
             self._quickest_s[kind] = min(seconds, self._quickest_s.get(kind, seconds))
         cost = replace(model.chunks[0], seconds=dict(self._quickest_s))
-        self.measured = model = replace(model, chunks=(cost,) * len(model.chunks))
+        model = replace(model, chunks=(cost,) * len(model.chunks))
         self.plan = best_plan(model, depth=self._depth)
         return self.plan
 
@@ -146,7 +140,7 @@ def measured_model(
         return Message(
             size_bytes=round(number(of_sender.get(kind))) if isinstance(of_sender, Mapping) else 0,
             encode_s=seconds(sender, ENCODE, kind),
-            decode_s=seconds(receiver, DECODE, _ANSWERS[kind]),
+            decode_s=seconds(receiver, DECODE, ANSWERS[kind]),
         )
 
     cloud_means = cloud.get("mean_s")
@@ -156,7 +150,7 @@ def measured_model(
             **{kind: seconds(edge, COMPUTE, kind) for kind in ("0F", "2T", "0B")},
             **{kind: seconds(cloud_means, COMPUTE, kind) for kind in ("1F", "1B")},
         },
-        messages={kind: message(kind) for kind in _ANSWERS},
+        messages={kind: message(kind) for kind in ANSWERS},
     )
     link = LinkCost(up_bit_s=up_bit_s, down_bit_s=down_bit_s, delay_s=max(rtt_s, 0.0) / 2)
     return StepModel.even(cost, chunks, late(link, cost), shared_cores=shared_cores)

@@ -1,12 +1,17 @@
 """How fast both sides are, as a comparison with this machine."""
 
+import json
+import math
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cost import ChunkCost, Link, Message
+from common.cost import ChunkCost, Message
+from common.trace import Tracer
 from edge.probe import Speeds, Steps
 
 LOCAL = ChunkCost(
@@ -47,28 +52,66 @@ def test_what_was_not_measured_is_taken_for_this_machine_s():
     assert Speeds.between(LOCAL, nothing).edge_codecs == 1
 
 
-def steps(*, up_bit_s=1e12, down_bit_s=1e12, delay_s=0.0, step_s=0.0):
-    link = Link(up_bit_s=up_bit_s, down_bit_s=down_bit_s, delay_s=delay_s)
-    return Steps(cost=LOCAL, chunks=2, step_s=step_s, paced=link, shared_cores=False)
+def timeline(delay_s=0.02, clock_s=0.0, chunks=2, steps=3):
+    """Two chunks a step, one after the other: 40 kB up and 10 down first, 20 kB up and 80 down then, at 8 and 4 Mbit/s.
+
+    The first step takes ten times as long. The cloud's clock is off by so much.
+    """
+    tracer, cloud, now = Tracer("edge"), Tracer("cloud"), 0.0
+    work = {"0F": 0.1, "1F": 0.2, "2T": 0.3, "1B": 0.4, "0B": 0.5}
+    ways = {"0F": (40_000, 8e6), "1F": (10_000, 4e6), "2T": (20_000, 8e6), "1B": (80_000, 4e6)}
+
+    def does(on, lane, name, seconds, **args):
+        nonlocal now
+        ahead_s = clock_s if on is cloud else 0.0
+        on.record(lane, name, int((now + ahead_s) * 1e9), int((now + ahead_s + seconds) * 1e9), **args)
+        now += seconds
+
+    for step in range(steps):
+        slow = 10 if step == 0 else 1
+        for chunk in range(chunks):
+            for kind, seconds in work.items():
+                side = cloud if kind[0] == "1" else tracer
+                if kind != "0F":
+                    does(side, "decode", f"{kind}{chunk}", 0.02 * slow)
+                does(side, "compute", f"{kind}{chunk}", seconds * slow)
+                if kind in ways:
+                    size, rate = ways[kind]
+                    does(side, "encode", f"{kind}{chunk}", 0.01 * slow)
+                    # The kernel takes it at once, whatever the link does.
+                    does(side, "send", f"{kind}{chunk}", 1e-6, bytes=size)
+                    now += (size * 8 / rate + delay_s) * slow - 1e-6
+    tracer.merge("cloud", cloud.to_plain(), offset_ns=0)
+    with TemporaryDirectory() as folder:
+        tracer.write(Path(folder, "timeline"))
+        return json.loads(Path(folder, "timeline").read_text())["traceEvents"]
 
 
-WORK_S = 15 + 3.6  # of a chunk: computing, encoding and decoding
+def test_a_timeline_tells_what_work_and_ways_take():
+    steps = Steps.of_timeline(timeline(), 0.02)
+    assert steps.cost.seconds == pytest.approx({"0F": 0.1, "1F": 0.2, "2T": 0.3, "1B": 0.4, "0B": 0.5})
+    assert {kind: message.size_bytes for kind, message in steps.cost.messages.items()} == {
+        "0F": 40_000,
+        "1F": 10_000,
+        "2T": 20_000,
+        "1B": 80_000,
+    }
+    for message in steps.cost.messages.values():
+        assert (message.encode_s, message.decode_s) == pytest.approx((0.01, 0.02))
+    assert steps.link.up_bit_s == pytest.approx(8e6, rel=1e-3)
+    assert steps.link.down_bit_s == pytest.approx(4e6, rel=1e-3)
+    assert steps.link.delay_s == 0.02
+    assert steps.moving_s == pytest.approx(0.04 + 0.02 + 0.02 + 0.16, rel=1e-3)
 
 
-def test_a_chunk_is_on_its_way_when_nobody_works_on_it():
-    assert steps(step_s=2 * WORK_S).moving_s == pytest.approx(0)
-    assert steps(step_s=2 * WORK_S + 3, delay_s=0.1).moving_s == pytest.approx(1.5 - 4 * 0.1)
-    assert steps(step_s=1).moving_s == 0
+@pytest.mark.parametrize("clock_s", [-0.005, 0.005])
+def test_clocks_that_differ_a_little_change_little(clock_s):
+    steps = Steps.of_timeline(timeline(clock_s=clock_s), 0.02)
+    assert steps.link.up_bit_s == pytest.approx(8e6, rel=0.25)
+    assert steps.link.down_bit_s == pytest.approx(4e6, rel=0.1)
 
 
-def test_a_pace_is_believed_where_chunks_took_no_longer_than_that():
-    # 40 bytes up at 320 bit/s and 60 down at 480: a second each.
-    paced = steps(up_bit_s=320, down_bit_s=480, delay_s=0.1, step_s=2 * (WORK_S + 2.4 + 1.5))
-    assert paced.moving_s == pytest.approx(3.5)
-    assert paced.link == paced.paced
-
-
-def test_a_pace_at_which_chunks_would_have_been_there_sooner_is_not():
-    unpaced = steps(up_bit_s=320e3, down_bit_s=480e3, step_s=2 * (WORK_S + 2))
-    assert unpaced.link.up_bit_s == pytest.approx(320)
-    assert unpaced.link.down_bit_s == pytest.approx(480)
+def test_clocks_that_differ_a_lot_make_no_way_shorter_than_none():
+    steps = Steps.of_timeline(timeline(clock_s=-5), 0.02)
+    assert math.isfinite(steps.link.up_bit_s)
+    assert steps.moving_s > 0
