@@ -62,6 +62,11 @@ BENCHMARKS = (
         "Step time against the floor and against gloo",
         "Two network namespaces joined by a shaped link; `benchmarks/step_time.py` defines the floor.",
     ),
+    Benchmark(
+        "planning",
+        "Plans",
+        "Step times that `edge-client plan` expects against those of the runs that follow, over a relay on loopback.",
+    ),
     Benchmark("memory", "Memory", "Peak against plain torch's share, and growth over many steps."),
     Benchmark(
         "accuracy",
