@@ -1,6 +1,6 @@
 """What a chunk of a training step costs, cut and compressed in one way or another: measured on this machine.
 
-Front, middle, back and codecs run here one after the other, as they do in training, on samples of the data set. What
+Front, middle, back and codecs are the ones of training and work on samples of the data set, here each by itself. What
 crosses are the real activations and gradients, so their encoded sizes are real, too.
 """
 
@@ -72,7 +72,7 @@ class ChunkCosts:
 
     Args:
         opened: the data and the model, which stays as it is.
-        config: gives the chunk's size, the seed and the threads.
+        config: of the run that chunks like these are for.
     """
 
     def __init__(self, opened: Opened, config: TrainConfig) -> None:
@@ -118,15 +118,19 @@ class ChunkCosts:
         if self._format == "auto":
             self._format = choose_memory_format(parts.middle, self._taken_by_middle(parts)).name
         stages = _Stages(parts, seed=self._config.seed, memory_format=self._format)
-        runs = [stages.run(inputs, self._labels) for inputs in self._inputs]  # and makes what is made once
-        begun_s, rounds = time.perf_counter(), 0
-        quickest = [dict.fromkeys(seconds, float("inf")) for seconds, _ in runs]
-        while rounds < 1 or (rounds < _MOST_ROUNDS and time.perf_counter() - begun_s < _BUDGET_S):
-            rounds += 1
-            for inputs, best in zip(self._inputs, quickest, strict=True):
-                for kind, seconds in stages.run(inputs, self._labels)[0].items():
-                    best[kind] = min(best[kind], seconds)
-        stages.close()
+        try:
+            runs = [
+                stages.run(inputs, self._labels) for inputs in self._inputs
+            ]  # and makes what is made once
+            begun_s, rounds = time.perf_counter(), 0
+            quickest = [dict.fromkeys(seconds, float("inf")) for seconds, _ in runs]
+            while rounds < 1 or (rounds < _MOST_ROUNDS and time.perf_counter() - begun_s < _BUDGET_S):
+                rounds += 1
+                for inputs, best in zip(self._inputs, quickest, strict=True):
+                    for kind, seconds in stages.run(inputs, self._labels)[0].items():
+                        best[kind] = min(best[kind], seconds)
+        finally:
+            stages.close()
         crossing = [run for _, run in runs]
         return _Ran(
             parts=parts,

@@ -67,15 +67,20 @@ def _run(config: TrainConfig, resumed: SessionKey | None) -> TrainResult:
 
 async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> TrainResult:
     progress = open_progress(sys.stdout)
-    config = await settle(config, progress.note)
-    trainer = Trainer(config, progress, resumed=resumed)
+    trainer: Trainer | None = None
+
+    async def work() -> TrainResult:
+        nonlocal trainer
+        trainer = Trainer(await settle(config, progress.note), progress, resumed=resumed)
+        return await trainer.run()
+
     loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-    task = asyncio.ensure_future(trainer.run())
+    task = asyncio.ensure_future(work())
     asked = False
 
     def interrupt() -> None:
         nonlocal asked
-        if asked or not trainer.training:
+        if asked or trainer is None or not trainer.training:
             for number in signals:  # whoever cannot wait for what is being computed to end has a third one
                 loop.remove_signal_handler(number)
             task.cancel()
@@ -90,7 +95,7 @@ async def _interruptible(config: TrainConfig, resumed: SessionKey | None) -> Tra
     try:
         return await task
     except asyncio.CancelledError:
-        if not trainer.training:
+        if trainer is None or not trainer.training:
             what = "the end of the test set" if config.only_evaluates else "the first step"
             raise Interrupted(f"stopped before {what}") from None
         left = "nothing was saved"

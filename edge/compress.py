@@ -46,7 +46,8 @@ class Compression:
 
 def asks_for_auto(texts: Sequence[str]) -> bool:
     """Whether a value of ``--compress`` leaves the choice to measurements."""
-    return any(text.rpartition("=")[2].strip() == AUTO for text in texts)
+    specs = (match["spec"] if (match := _WHERE.fullmatch(text)) else text for text in texts)
+    return any(spec.strip() == AUTO for spec in specs)
 
 
 def parse_compress(texts: Sequence[str]) -> Compression:
@@ -58,9 +59,7 @@ def parse_compress(texts: Sequence[str]) -> Compression:
         SpecError: a chain that does not parse, pointing at the character.
     """
     if asks_for_auto(texts):
-        raise UserError(
-            f"--compress {AUTO} is for training alone; edge-client plan says what it would choose"
-        )
+        raise UserError(f"--compress {AUTO} is for training alone; edge-client plan compares what there is")
     settings: dict[str, tuple[str, str]] = {}
     for text in texts:
         place, spec = _place(text)

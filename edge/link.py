@@ -1,7 +1,6 @@
 """The edge's end of a job: opens it, sorts what comes back, keeps track of commits."""
 
 import asyncio
-import ipaddress
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -41,6 +40,8 @@ OnTensors = Callable[[Forward | Backward], None]
 OnCommitted = Callable[[Committed], None]
 OnReady = Callable[[Ready], None]
 
+_CLOCK_S = 1e-3  # what two readings of one clock may be apart
+
 READY_S = 600.0
 """Seconds that the server may take to build a job, or to find it again: a large model takes minutes."""
 
@@ -73,13 +74,15 @@ class Link:
         self._receiving: asyncio.Task[None] | None = None
 
     @property
-    def is_local(self) -> bool:
-        """Whether the server runs on this very machine, and so shares its cores."""
-        host = self.connection.peer.rpartition(":")[0].strip("[]").partition("%")[0]
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
+    def shares_cores(self) -> bool:
+        """Whether the server computes on the cores of this very machine, whatever stands between the two.
+
+        Its clock tells: it counts from when the machine was started. An address would not: a tunnel's is this one's.
+        """
+        connection, welcome = self.connection, self.connection.welcome
+        if welcome is None or welcome.device != "cpu" or connection.rtt_s is None:
             return False
+        return abs(connection.clock_offset_ns) / 1e9 <= max(connection.rtt_s, _CLOCK_S)
 
     async def open(self, key: SessionKey, spec: JobSpec) -> Ready:
         """Ask for a job.

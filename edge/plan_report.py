@@ -89,7 +89,8 @@ class PlanReport:
         link, speed = self.link, self.cloud_speed
         around = (
             f"link{' as measured' * self.measured}: {_rate(link.up_bit_s)} up, {_rate(link.down_bit_s)} down, "
-            f"{link.delay_s * 1e3:.3g} ms each way; the cloud computes {speed:.3g} times as fast as this machine"
+            f"{figure(link.delay_s * 1e3)} ms each way; the cloud computes {figure(speed)} times as fast as this "
+            "machine"
         )
         blocks = [self.title, around, f"cut after {self.cuts[0]} and {self.cuts[1]}:", self._table(self.rows)]
         if self.moved:
@@ -97,10 +98,10 @@ class PlanReport:
         blocks.append(f"take: {self.options(self.best)}")
         if self.alone_s <= self.best.step_s:
             blocks.append(
-                f"this machine alone would take {self.alone_s:.3g} s a step: splitting the model gains nothing here"
+                f"this machine alone would take {figure(self.alone_s)} s a step: splitting the model gains nothing here"
             )
         else:
-            blocks.append(f"this machine alone would take {self.alone_s:.3g} s a step")
+            blocks.append(f"this machine alone would take {figure(self.alone_s)} s a step")
         return "\n\n".join(blocks)
 
     def options(self, row: Row) -> str:
@@ -126,18 +127,25 @@ class PlanReport:
         for row in rows:
             figures = (
                 " ".join(row.compress),
-                f"{row.step_s:.3g}",
-                f"{row.samples_per_s:.3g}",
+                figure(row.step_s),
+                figure(row.samples_per_s),
                 row.bound_by,
-                f"{row.up_bytes / 1e6:.3g}",
-                f"{row.down_bytes / 1e6:.3g}",
+                figure(row.up_bytes / 1e6),
+                figure(row.down_bytes / 1e6),
                 f"{row.compress_rate:.3f}",
-                f"{row.edge_s:.3g}",
-                f"{row.cloud_s:.3g}",
+                figure(row.edge_s),
+                figure(row.cloud_s),
             )
             table.append(figures + (row.cuts if with_cuts else ()))
         return columns(table)
 
 
+def figure(value: float) -> str:
+    """Write a number with the three digits that count."""
+    return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
 def _rate(bit_s: float) -> str:
-    return f"{bit_s / 1e6:.3g} Mbit/s" if bit_s < 1e10 else "over 10 Gbit/s"
+    if bit_s >= 1e10:
+        return "over 10 Gbit/s"
+    return f"{figure(bit_s / 1e9)} Gbit/s" if bit_s >= 1e9 else f"{figure(bit_s / 1e6)} Mbit/s"

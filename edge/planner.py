@@ -9,10 +9,11 @@ Times are those of training itself: of the same parts, codecs, schedule and plan
 import asyncio
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from common import text_config
-from common.cost import Link, StepModel
+from common.cost import ChunkCost, Link, StepModel
 from common.cut_choice import first_cuts, second_cuts
 from common.errors import UserError
 from common.exported import export_modes
@@ -26,7 +27,8 @@ from edge.compress import Compression, check_repetition, parse_compress
 from edge.config import TrainConfig
 from edge.opened import Opened, open_model
 from edge.plan_report import PlanReport, Row, mildest
-from edge.probe import Place, Speeds, Surroundings, greet, probe
+from edge.probe import Place, Surroundings, greet, probe
+from edge.speeds import CLOUD, DOWN, EDGE, UP, Speeds
 from edge.tuner import late
 from wire.transport import run
 
@@ -127,12 +129,14 @@ class Planner:
             UserError: it does not fit the model.
         """
         model = self._model(parse_compress(compress), cuts)
-        plan = best_plan(model, depth=self._config.depth)
+        plan = best_plan(model, depth=self._depth)
         step_s = simulate(model, plan.depth, lead=plan.lead).makespan_s
-        chunk, chunks = model.chunks[0], len(model.chunks)
         up, down = (
-            chunks * sum(chunk.messages[kind].size_bytes for kind in kinds)
-            for kinds in (("0F", "2T"), ("1F", "1B"))
+            sum(chunk.messages[kind].size_bytes for chunk in model.chunks for kind in kinds)
+            for kinds in (UP, DOWN)
+        )
+        edge_s, cloud_s = (
+            sum(chunk.seconds[kind] for chunk in model.chunks for kind in kinds) for kinds in (EDGE, CLOUD)
         )
         return Row(
             compress=compress,
@@ -144,31 +148,45 @@ class Planner:
             up_bytes=up,
             down_bytes=down,
             compress_rate=(up + down) / self._costs.dense_bytes(cuts),
-            edge_s=chunks * sum(chunk.seconds[kind] for kind in ("0F", "2T", "0B")),
-            cloud_s=chunks * sum(chunk.seconds[kind] for kind in ("1F", "1B")),
+            edge_s=edge_s,
+            cloud_s=cloud_s,
         )
 
-    def moved(self, compress: tuple[str, ...]) -> Row:
+    async def moved(self, compress: tuple[str, ...]) -> Row:
         """Simulate codecs with the cuts that make them fastest, one cut after the other."""
         compression = parse_compress(compress)
         first, second = self._opened.cuts
-        earlier, later = self._other_cuts()
-        second = min((second, *later), key=lambda cut2: self._rough_s(compression, (first, cut2)))
-        first = min((first, *earlier), key=lambda cut1: self._rough_s(compression, (cut1, second)))
-        return self.row(compress, (first, second))
+        deeper, later = await asyncio.to_thread(lambda: self._other_cuts)
+        second = await self._quickest(compression, [(first, cut2) for cut2 in (second, *later)], 1)
+        first = await self._quickest(compression, [(cut1, second) for cut1 in (first, *deeper)], 0)
+        return await asyncio.to_thread(self.row, compress, (first, second))
+
+    async def _quickest(self, compression: Compression, choices: list[tuple[str, str]], which: int) -> str:
+        """Return that cut of the choices with which a step takes least; Ctrl-C waits for one of them only."""
+        seconds = [await asyncio.to_thread(self._rough_s, compression, cuts) for cuts in choices]
+        return choices[seconds.index(min(seconds))][which]
+
+    @property
+    def _depth(self) -> int | None:
+        given = self._config.depth
+        return given if given is None else min(given, self._config.chunks)
 
     def _model(self, compression: Compression, cuts: tuple[str, str]) -> StepModel:
         cost = self._around.speeds.scaled(self._costs.cost(cuts, compression))
-        link = late(self._around.link, cost)
-        return StepModel.even(cost, self._config.chunks, link, shared_cores=self._around.shared_cores)
+        return StepModel(
+            chunks=chunk_costs(cost, self._config),
+            link=late(self._around.link, cost),
+            shared_cores=self._around.shared_cores,
+        )
 
     def _rough_s(self, compression: Compression, cuts: tuple[str, str]) -> float:
         try:
             model = self._model(compression, cuts)
         except UserError:  # it is no cut, or something crosses there that cannot
             return float("inf")
-        return simulate(model, min(self._config.depth or _ROUGH_DEPTH, len(model.chunks)), lead=1).makespan_s
+        return simulate(model, min(self._depth or _ROUGH_DEPTH, len(model.chunks)), lead=1).makespan_s
 
+    @cached_property
     def _other_cuts(self) -> tuple[list[str], list[str]]:
         """Name other places for either cut; none where the cuts were given."""
         if self._config.cuts:
@@ -179,6 +197,13 @@ class Planner:
         cut1, cut2 = (find_cut(traced, cut) for cut in self._opened.cuts)
         operations = profile(model, traced, inputs, 1)
         return first_cuts(operations, cut1, cut2), second_cuts(operations, cut2)
+
+
+def chunk_costs(cost: ChunkCost, config: TrainConfig) -> tuple[ChunkCost, ...]:
+    """Return what the chunks of a step cost, as `torch.chunk` cuts a batch: the last one may be smaller."""
+    size = -(-config.batch_size // config.chunks)
+    full, rest = divmod(config.batch_size, size)
+    return (cost,) * full + ((cost.scaled(rest / size),) if rest else ())
 
 
 async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanReport:
@@ -202,15 +227,9 @@ async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanR
     note(f"timing chunks of {-(-training.batch_size // training.chunks)} samples on this machine")
     costs = await asyncio.to_thread(ChunkCosts, opened, training)
     alone = await asyncio.to_thread(costs.cost, opened.cuts, parse_compress(("none",)))
-    around = await _surroundings(config, costs, opened.cuts, place, note)
+    around = await _surroundings(config, opened, costs, place, note)
     planner = Planner(opened, training, costs, around)
-    compared = [
-        rows
-        for spec in specs
-        if (rows := await asyncio.to_thread(_compare, planner, spec, opened.cuts, config, note))
-    ]
-    if not compared:
-        raise UserError(f"nothing of {', '.join(LADDERS[kind])} suits {training.model}: name what might")
+    compared = [rows for spec in specs if (rows := await _compare(planner, spec, opened.cuts, config, note))]
     return PlanReport(
         title=(
             f"{training.model} on {opened.samples.name}, {opened.samples.what}, batch of {training.batch_size} in "
@@ -219,7 +238,7 @@ async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanR
         link=around.link,
         measured=config.link is None,
         cloud_speed=1 / around.speeds.cloud,
-        alone_s=training.chunks * sum(alone.seconds.values()),
+        alone_s=sum(sum(chunk.seconds.values()) for chunk in chunk_costs(alone, training)),
         cuts=opened.cuts,
         rows=tuple(rows[0] for rows in compared),
         moved=tuple(row for rows in compared for row in rows[1:]),
@@ -228,18 +247,22 @@ async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanR
 
 
 async def _surroundings(
-    config: PlanConfig, costs: ChunkCosts, cuts: tuple[str, str], place: Place | None, note: Note
+    config: PlanConfig, opened: Opened, costs: ChunkCosts, place: Place | None, note: Note
 ) -> Surroundings:
+    training = config.training
     if place is not None:
-        server = config.training.server
-        note(f"measuring {server}" if config.link else f"measuring {server} and the link to it")
-        return await probe(config.training, costs, cuts, place, link=config.link)
+        note(f"measuring {training.server}{'' if config.link else ' and the link to it'}")
+        # Random weights would have a size of their own; and no batch is to be smaller than the others.
+        of_two = 2 * -(-training.batch_size // training.chunks)
+        limit = opened.samples.train_size // of_two * of_two
+        training = replace(training, image_size=opened.spec.image_size, train_limit=limit or None)
+        return await probe(training, costs, opened.cuts, place, link=config.link)
     assert config.link is not None
     share = 1 / (config.cloud_speed or 1.0)
     return Surroundings(link=config.link, speeds=Speeds(cloud=share, cloud_codecs=share))
 
 
-def _compare(
+async def _compare(
     planner: Planner, spec: tuple[str, ...], cuts: tuple[str, str], config: PlanConfig, note: Note
 ) -> list[Row]:
     """Return the row of a candidate, and that with other cuts where it gains from them; none if it does not fit.
@@ -248,7 +271,7 @@ def _compare(
         UserError: it does not fit, and was asked for.
     """
     try:
-        row = planner.row(spec, cuts)
+        row = await asyncio.to_thread(planner.row, spec, cuts)
     except UserError:
         if config.candidates:
             raise
@@ -257,7 +280,7 @@ def _compare(
     if not config.moves_cuts or any(parse_compress(spec).bottlenecks):
         return [row]
     note(f"looking for cuts that suit {' '.join(spec)}")
-    moved = planner.moved(spec)
+    moved = await planner.moved(spec)
     return [row, moved] if moved.step_s < row.step_s * WORTH_MOVING else [row]
 
 

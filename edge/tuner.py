@@ -86,7 +86,7 @@ class Tuner:
             sizes=sizes,
             up_bit_s=link.sent.rate_bit_s,
             rtt_s=link.connection.rtt_s or 0.0,
-            shared_cores=link.is_local,
+            shared_cores=link.shares_cores,
         )
         plan = await asyncio.to_thread(self.choose, model)
         link.connection.lead(plan.lead)

@@ -170,3 +170,32 @@ def test_pass_that_is_done_is_freed_at_once_with_all_that_it_holds() -> None:
         asyncio.run(train())
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("device", "offset_ns", "rtt_s", "shares"),
+    [
+        ("cpu", 20_000, 1e-4, True),
+        ("cpu", -900_000, 1e-5, True),  # this end was held up between two readings
+        ("cpu", 5_000_000, 0.02, True),  # a tunnel that ends here again
+        (
+            "cpu",
+            3_600_000_000_000,
+            0.04,
+            False,
+        ),  # a tunnel's end here, to a machine that was started an hour later
+        ("cuda:0", 20_000, 1e-4, False),
+        ("cpu", 0, None, False),  # nothing is known yet
+    ],
+)
+def test_the_clock_tells_whether_the_server_is_on_this_machine(
+    device: str, offset_ns: int, rtt_s: float | None, shares: bool
+) -> None:
+    welcome = SimpleNamespace(device=device)
+    connection: Any = SimpleNamespace(welcome=welcome, clock_offset_ns=offset_ns, rtt_s=rtt_s)
+
+    async def says() -> bool:
+        async with asyncio.TaskGroup() as tasks:
+            return Link(connection, Tracer("edge", enabled=False), tasks).shares_cores
+
+    assert asyncio.run(says()) is shares

@@ -15,9 +15,10 @@ from common.errors import UserError
 from edge.chunk_costs import ChunkCosts
 from edge.cli import cli
 from edge.opened import open_model
-from edge.plan_report import ENOUGH, Row, mildest
+from edge.plan_report import ENOUGH, Row, figure, mildest
 from edge.planner import PlanConfig, Planner
-from edge.probe import Speeds, Surroundings
+from edge.probe import Surroundings
+from edge.speeds import Speeds
 from tests.tiny_job import TINY_JOB
 
 TINY = (
@@ -75,10 +76,9 @@ def test_json_has_these_keys_and_types():
     assert report["measured"] is False
     assert report["cloud_speed"] == 4
     assert report["cuts"] == ["stem", "blocks"]
-    # conv and conv2 do not suit maps of 8 px by their defaults' kernels, or do: whatever fits stands in order.
-    names = [" ".join(row["compress"]) for row in report["rows"]]
-    assert names == [name for name in ("none", "fp16", "int8", "conv+int8", "conv2+int8") if name in names]
-    assert names[:3] == ["none", "fp16", "int8"]
+    assert [row["compress"] for row in report["rows"]] == [
+        [spec] for spec in ("none", "fp16", "int8", "conv+int8", "conv2+int8")
+    ]
     for row in report["rows"]:
         assert row.keys() == Row.__dataclass_fields__.keys()
         assert row["cuts"] == ["stem", "blocks"]
@@ -149,6 +149,35 @@ def test_what_cannot_be_is_one_line_that_says_what_to_do(arguments, status, said
     assert len(errors) == 1
     assert said in errors[0]
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunks", "sizes"), [(9, 8, (2, 2, 2, 2, 1)), (8, 2, (4, 4)), (7, 2, (4, 3))]
+)
+def test_a_batch_is_planned_in_the_chunks_that_it_will_be_cut_into(batch, chunks, sizes):
+    assert sizes == tuple(len(chunk) for chunk in torch.zeros(batch).chunk(chunks))
+    report = reported(
+        *("--rate", "10", "--batch-size", str(batch), "--chunks", str(chunks), "--compress", "none"),
+        *("--cut", "stem", "--cut", "blocks", "--depth", "64"),
+    )
+    (none,) = report["rows"]
+    assert none["compress_rate"] == pytest.approx(1, abs=0.15)  # the heads of small messages come on top
+    dense = batch * 2 * 8 * 8 * 8 * 4
+    assert dense < none["up_bytes"] < dense + 2 * len(sizes) * 300
+    assert none["depth"] <= chunks
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(0.00123, "0.00123"), (2.849, "2.85"), (999.4, "999"), (999.9, "1000"), (12345.6, "12346")],
+)
+def test_figures_have_no_exponent(value, written):
+    assert figure(value) == written
+
+
+def test_fast_links_are_told_in_larger_units():
+    text = plan("--rate", "1000", "--compress", "none", "--cut", "stem", "--cut", "blocks").stdout
+    assert "link: 1 Gbit/s up, 1 Gbit/s down, 0 ms each way" in text
 
 
 def row(step_s):

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from common.cost import ChunkCost, Message
 from common.trace import Tracer
-from edge.probe import Speeds, Steps
+from edge.probe import Steps
+from edge.speeds import Speeds
+from wire.errors import RemoteProtocolError
 
 LOCAL = ChunkCost(
     seconds={"0F": 1.0, "1F": 2.0, "2T": 3.0, "1B": 4.0, "0B": 5.0},
@@ -115,3 +117,27 @@ def test_clocks_that_differ_a_lot_make_no_way_shorter_than_none():
     steps = Steps.of_timeline(timeline(clock_s=-5), 0.02)
     assert math.isfinite(steps.link.up_bit_s)
     assert steps.moving_s > 0
+
+
+def test_a_server_that_tells_nothing_is_told_so():
+    spans = [span for span in timeline() if span["ph"] != "X" or span["pid"] == 1]
+    with pytest.raises(RemoteProtocolError, match="timeline lacks what came of 0F"):
+        Steps.of_timeline(spans, 0.02)
+
+
+def test_what_a_server_calls_its_events_names_nobody():
+    spans = timeline()
+    cloud = next(span for span in spans if span["ph"] == "X" and span["pid"] == 2)
+    named = {**cloud, "name": "process_name", "args": {}}
+    assert Steps.of_timeline([*spans, named], 0.02) == Steps.of_timeline(spans, 0.02)
+
+
+@pytest.mark.parametrize("said", [None, "many", -1, 0, math.inf, 10**400])
+def test_whatever_a_server_says_that_it_sent_there_is_a_link(said):
+    spans = timeline()
+    for span in spans:
+        if span["ph"] == "X" and span["pid"] == 2 and span["cat"] == "send":
+            span["args"] = {} if said is None else {"bytes": said}
+    steps = Steps.of_timeline(spans, 0.02)
+    assert 0 < steps.link.down_bit_s < math.inf
+    assert steps.link.up_bit_s == pytest.approx(8e6, rel=1e-3)

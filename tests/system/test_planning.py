@@ -1,9 +1,11 @@
 """`edge-client plan` and `--compress auto` against a real server, also over a link held to a rate."""
 
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from edge.config import TrainConfig
 from edge.trainer import train as train_here
-from tests.system.processes import TINY, Ended, events, run, running, serving, train
+from tests.system.processes import PATIENCE_S, TINY, Command, Ended, events, run, running, serving, train
 
 RATE_MBIT_S = 4
 WIDER = ("--image-size", "64")
@@ -66,8 +68,8 @@ def test_the_link_is_measured_and_bounds_what_is_not_compressed(address: str) ->
     with slow(address) as there:
         report = planned("--server", there, *WIDER)
     for rate_bit_s in (report["link"]["up_bit_s"], report["link"]["down_bit_s"]):
-        assert rate_bit_s == pytest.approx(RATE_MBIT_S * 1e6, rel=0.3)
-    assert 0.01 <= report["link"]["delay_s"] < 0.1
+        assert RATE_MBIT_S * 1e6 / 2 < rate_bit_s < RATE_MBIT_S * 1e6 * 2  # a busy machine is slow
+    assert report["link"]["delay_s"] >= 0.01
     none, int8 = row_of(report, "none"), row_of(report, "int8")
     assert none["bound_by"] in ("up", "down")
     assert none["step_s"] >= none["up_bytes"] * 8 / report["link"]["up_bit_s"]
@@ -95,7 +97,8 @@ def test_as_many_bytes_cross_as_were_planned(address: str, tmp_path: Path, compr
     for direction in ("up_bytes", "down_bytes"):
         # Begin, commit and what answers them come on top.
         assert row[direction] < third[direction] < row[direction] * 1.02 + 1500
-    assert row["compress_rate"] == pytest.approx(third["compress_rate"], rel=0.02, abs=0.1)
+    dense_bytes = third["dense_bytes"]
+    assert row["compress_rate"] == pytest.approx((row["up_bytes"] + row["down_bytes"]) / dense_bytes)
 
 
 def test_auto_chooses_for_the_link_that_there_is_and_trains(address: str, tmp_path: Path) -> None:
@@ -168,12 +171,48 @@ def test_auto_is_for_training(command: str) -> None:
     assert "auto" in ended.error
 
 
-def test_a_plan_that_is_interrupted_says_so(address: str) -> None:
-    import signal
+def test_what_is_trained_with_does_not_matter_to_what_is_measured(address: str) -> None:
+    # Steps that warm up for longer than is measured, and that no weights would survive.
+    options = ("--schedule", "linear", "--warmup-steps", 8, "--steps", 10, "--lr", 1e30, "--compress", "auto")
+    ended = train(address, *options)
+    assert "auto chooses --compress " in ended.out, ended
+    assert ended.status == 1  # of the training itself
+    assert "gradients" in ended.error or "loss" in ended.error
 
-    with running("edge-client", "plan", "--server", address, "--threads", 1) as client:
-        while "timing chunks" not in client.err:
-            assert client.alive, client.err
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with serving("--import", "dropout_model", "--state-dir", tmp_path / "state") as (_, address):
+        first = train(address, "--steps", 1, "--checkpoint", folder)
+        assert (first.status, first.err) == (0, ""), first
+        ended = train(address, "--steps", 1, "--checkpoint", folder, "--compress", "auto")
+    assert ended.status == 2
+    assert "holds a run already" in ended.error
+    assert ended.out == ""
+
+
+def until_it_measures(client: Command, told: Callable[[], str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while "timing chunks" not in told():
+        assert client.alive, client.err
+        assert time.monotonic() < deadline, client.err
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_auto_that_is_interrupted_has_not_trained(address: str, number: signal.Signals) -> None:
+    options = ("--image-size", 64, "--threads", 1, "--compress", "auto")
+    with running("edge-client", "--server", address, *options) as client:
+        until_it_measures(client, lambda: client.out)
+        client.signal(number)
+        ended = client.wait()
+    assert (ended.status, ended.err) == (130, "")
+    assert ended.out.endswith("stopped before the first step\n")
+
+
+def test_a_plan_that_is_interrupted_says_so(address: str) -> None:
+    with running("edge-client", "plan", "--server", address, "--image-size", 64, "--threads", 1) as client:
+        until_it_measures(client, lambda: client.err)
         client.signal(signal.SIGINT)
         ended = client.wait()
     assert ended.status == 130
