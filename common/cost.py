@@ -12,14 +12,37 @@ work at once, each runs at 1/k of its speed. Where both sides share cores, so do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from common.schedule import Action
 
-__all__ = ["LANES", "ChunkCost", "Link", "Message", "StepModel", "Work"]
+__all__ = [
+    "ANSWERS",
+    "CLOUD",
+    "DOWN",
+    "EDGE",
+    "LANES",
+    "UP",
+    "ChunkCost",
+    "Link",
+    "Message",
+    "StepModel",
+    "Work",
+]
+
+EDGE: Final = ("0F", "2T", "0B")
+"""The kinds of actions that the edge computes in training; `CLOUD` has the cloud's."""
+
+CLOUD: Final = ("1F", "1B")
+
+UP: Final = ("0F", "2T")
+"""The kinds of actions in training whose results go up; of `DOWN`, down."""
+
+DOWN: Final = ("1F", "1B")
 
 LANES: Final = (
     "edge compute",
@@ -68,6 +91,14 @@ class ChunkCost:
     def __post_init__(self) -> None:
         """Refuse costs that no clock shows: a simulation of them would never end."""
         _check_costs(self, *self.seconds.values())
+
+    def compute_s(self, kinds: Iterable[str]) -> float:
+        """Sum the seconds of some kinds of actions."""
+        return sum(self.seconds.get(kind, 0.0) for kind in kinds)
+
+    def size_bytes(self, kinds: Iterable[str]) -> int:
+        """Sum the bytes of what is sent after some kinds of actions."""
+        return sum(self.messages[kind].size_bytes for kind in kinds)
 
     def scaled(self, share: float) -> ChunkCost:
         """Return the cost of a chunk with this share of the samples, as of an uneven last chunk."""
@@ -190,6 +221,10 @@ def _check_costs(owner: object, *costs: float) -> None:
 
 
 _TRAINING: Final = ("0F", "1F", "2T", "1B", "0B")
+
+ANSWERS: Final[Mapping[str, str]] = MappingProxyType(dict(pairwise(_TRAINING)))
+"""Of each kind of message in training: the kind of action that decoding it makes possible."""
+
 _EVALUATION: Final = ("0F", "1F", "2F")
 # Of each kind: who computes it, who gets the result, and which way that goes.
 _WAYS: Final[Mapping[str, tuple[str, str, str]]] = MappingProxyType(

@@ -6,6 +6,7 @@ that the edge keeps behind cut 2, the classifier, stay there.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from common.flops import Operation
 
@@ -26,15 +27,11 @@ def first_cuts(operations: Sequence[Operation], cut1: int, cut2: int) -> list[st
     Returns:
         Names of cut points, in order.
     """
-    chosen: list[str] = []
-    least = operations[cut1].crossing_bytes
-    for run in _runs(operations, cut1 + 1, cut2):
-        crossing = operations[run[0]].crossing_bytes
-        if 0 < crossing <= WORTHWHILE * least:
-            # Where as much crosses after several, the one that ends a module has a name that says where that is.
-            chosen.append(min((_name(operations, place) for place in run), key=lambda name: name.count(".")))
-            least = crossing
-    return chosen
+    # Where as much crosses after several, the one that ends a module has a name that says where that is.
+    return [
+        min((_name(operations, place) for place in run), key=lambda name: name.count("."))
+        for run in _lighter(operations, cut1, cut2)
+    ]
 
 
 def second_cuts(operations: Sequence[Operation], cut2: int) -> list[str]:
@@ -49,29 +46,19 @@ def second_cuts(operations: Sequence[Operation], cut2: int) -> list[str]:
     Returns:
         Names of cut points, in order.
     """
-    chosen: list[str] = []
-    least = operations[cut2].crossing_bytes
     next_layer = next(
         (place for place, one in enumerate(operations) if place > cut2 and one.macs), len(operations) - 1
     )
-    for run in _runs(operations, cut2 + 1, next_layer):
-        crossing = operations[run[0]].crossing_bytes
+    return [operations[run[0]].name for run in _lighter(operations, cut2, next_layer)]
+
+
+def _lighter(operations: Sequence[Operation], start: int, end: int) -> Iterator[list[int]]:
+    """Yield runs of places between the two, after which as much crosses: each less than after the one before."""
+    least = operations[start].crossing_bytes
+    for crossing, run in groupby(range(start + 1, end), key=lambda place: operations[place].crossing_bytes):
         if 0 < crossing <= WORTHWHILE * least:
-            chosen.append(operations[run[0]].name)
             least = crossing
-    return chosen
-
-
-def _runs(operations: Sequence[Operation], start: int, end: int) -> Iterator[list[int]]:
-    """Yield places, from `start` to before `end`, in runs after which as much crosses."""
-    run: list[int] = []
-    for place in range(start, end):
-        if run and operations[place].crossing_bytes != operations[run[0]].crossing_bytes:
-            yield run
-            run = []
-        run.append(place)
-    if run:
-        yield run
+            yield list(run)
 
 
 def _name(operations: Sequence[Operation], place: int) -> str:

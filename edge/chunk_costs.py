@@ -80,7 +80,7 @@ class ChunkCosts:
         self._config = config
         self._threads = set_threads(config.threads)
         self._format = config.memory_format
-        size = -(-config.batch_size // config.chunks)
+        size = config.chunk_size
         order = epoch_order(opened.samples.train_size, config.seed, 0)
         count = TEXTS if opened.spec.tokens is not None else 1
         self._ids = list(np.resize(order, (count, size)))
@@ -119,9 +119,8 @@ class ChunkCosts:
             self._format = choose_memory_format(parts.middle, self._taken_by_middle(parts)).name
         stages = _Stages(parts, seed=self._config.seed, memory_format=self._format)
         try:
-            runs = [
-                stages.run(inputs, self._labels) for inputs in self._inputs
-            ]  # and makes what is made once
+            # What is made once is made here, and not timed.
+            runs = [stages.run(inputs, self._labels) for inputs in self._inputs]
             begun_s, rounds = time.perf_counter(), 0
             quickest = [dict.fromkeys(seconds, float("inf")) for seconds, _ in runs]
             while rounds < 1 or (rounds < _MOST_ROUNDS and time.perf_counter() - begun_s < _BUDGET_S):

@@ -88,6 +88,10 @@ _GIVE_UP_AFTER = _option(
     "--give-up-after", "Seconds without any progress until a lost link ends the run.", type=float
 )
 _METRICS = _option("--metrics", "Write JSON lines here.", type=_FILE)
+_AUGMENT = click.option(
+    "--augment/--no-augment", default=True, show_default=True, help="Flip and crop training images."
+)
+_JSON = click.option("--json", is_flag=True, help="Print one JSON object.")
 _THREADS = _option("--threads", "Threads for computing.  [default: one a core]", type=int)
 
 TRAIN_OPTIONS = (
@@ -119,9 +123,7 @@ TRAIN_OPTIONS = (
     _AMP,
     _MEMORY_FORMAT,
     _THREADS,
-    click.option(
-        "--augment/--no-augment", default=True, show_default=True, help="Flip and crop training images."
-    ),
+    _AUGMENT,
     _option("--train-limit", "Use only so many training samples.", type=int),
     _TEST_LIMIT,
     _option("--eval-every", "Evaluate every so many steps; 0 for never.  [default: every epoch]", type=int),
@@ -176,10 +178,8 @@ PLAN_OPTIONS = (
     _AMP,
     _MEMORY_FORMAT,
     _THREADS,
-    click.option(
-        "--augment/--no-augment", default=True, show_default=True, help="Flip and crop training images."
-    ),
-    click.option("--json", is_flag=True, help="Print one JSON object."),
+    _AUGMENT,
+    _JSON,
     _IMPORT,
     _DEBUG,
 )
@@ -244,7 +244,7 @@ FLOPS_OPTIONS = (
         show_default=True,
         help="How a transposed convolution counts: what it computes, or as published figures have it.",
     ),
-    click.option("--json", is_flag=True, help="Print one JSON object."),
+    _JSON,
     click.option("--plot", type=_FILE, help="Draw MACs and bytes along the model here (.png, .svg, .pdf)."),
     _IMPORT,
     _DEBUG,

@@ -178,6 +178,11 @@ class TrainConfig:
             if why_not is not None:
                 raise UserError(f"--{option} {path}: {why_not}")
 
+    @property
+    def chunk_size(self) -> int:
+        """Samples in a chunk of a whole batch, as `torch.chunk` cuts: in all but the last, which may have fewer."""
+        return -(-self.batch_size // self.chunks)
+
     def at(self, server: str) -> "TrainConfig":
         """Return the same settings for another server."""
         return replace(self, server=server)

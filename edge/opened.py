@@ -82,7 +82,7 @@ def fit_codecs(opened: Opened, parts: Split, compression: Compression, config: T
     if config.ragged and not text_config.mixes_padding(opened.spec.config):
         compression = with_ragged(compression, (parts.cut1, parts.cut2))
     check_lengths((parts.dense1, parts.dense2), (parts.cut1, parts.cut2), padding=config.padding)
-    check_fit(compression, (parts.cut1, parts.cut2), -(-config.batch_size // config.chunks))
+    check_fit(compression, (parts.cut1, parts.cut2), config.chunk_size)
     return compression
 
 

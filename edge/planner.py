@@ -9,11 +9,11 @@ Times are those of training itself: of the same parts, codecs, schedule and plan
 import asyncio
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from common import text_config
-from common.cost import ChunkCost, Link, StepModel
+from common.cost import CLOUD, DOWN, EDGE, UP, ChunkCost, Link, StepModel
 from common.cut_choice import first_cuts, second_cuts
 from common.errors import UserError
 from common.exported import export_modes
@@ -28,7 +28,7 @@ from edge.config import TrainConfig
 from edge.opened import Opened, open_model
 from edge.plan_report import PlanReport, Row, mildest
 from edge.probe import Place, Surroundings, greet, probe
-from edge.speeds import CLOUD, DOWN, EDGE, UP, Speeds
+from edge.speeds import Speeds
 from edge.tuner import late
 from wire.transport import run
 
@@ -131,13 +131,7 @@ class Planner:
         model = self._model(parse_compress(compress), cuts)
         plan = best_plan(model, depth=self._depth)
         step_s = simulate(model, plan.depth, lead=plan.lead).makespan_s
-        up, down = (
-            sum(chunk.messages[kind].size_bytes for chunk in model.chunks for kind in kinds)
-            for kinds in (UP, DOWN)
-        )
-        edge_s, cloud_s = (
-            sum(chunk.seconds[kind] for chunk in model.chunks for kind in kinds) for kinds in (EDGE, CLOUD)
-        )
+        up, down = (sum(chunk.size_bytes(kinds) for chunk in model.chunks) for kinds in (UP, DOWN))
         return Row(
             compress=compress,
             cuts=cuts,
@@ -148,8 +142,8 @@ class Planner:
             up_bytes=up,
             down_bytes=down,
             compress_rate=(up + down) / self._costs.dense_bytes(cuts),
-            edge_s=edge_s,
-            cloud_s=cloud_s,
+            edge_s=sum(chunk.compute_s(EDGE) for chunk in model.chunks),
+            cloud_s=sum(chunk.compute_s(CLOUD) for chunk in model.chunks),
         )
 
     async def moved(self, compress: tuple[str, ...]) -> Row:
@@ -174,7 +168,7 @@ class Planner:
     def _model(self, compression: Compression, cuts: tuple[str, str]) -> StepModel:
         cost = self._around.speeds.scaled(self._costs.cost(cuts, compression))
         return StepModel(
-            chunks=chunk_costs(cost, self._config),
+            chunks=_of_step(cost, self._config),
             link=late(self._around.link, cost),
             shared_cores=self._around.shared_cores,
         )
@@ -199,11 +193,10 @@ class Planner:
         return first_cuts(operations, cut1, cut2), second_cuts(operations, cut2)
 
 
-def chunk_costs(cost: ChunkCost, config: TrainConfig) -> tuple[ChunkCost, ...]:
-    """Return what the chunks of a step cost, as `torch.chunk` cuts a batch: the last one may be smaller."""
-    size = -(-config.batch_size // config.chunks)
-    full, rest = divmod(config.batch_size, size)
-    return (cost,) * full + ((cost.scaled(rest / size),) if rest else ())
+def _of_step(cost: ChunkCost, config: TrainConfig) -> tuple[ChunkCost, ...]:
+    """Return what the chunks of a step cost; the last one may be smaller."""
+    full, rest = divmod(config.batch_size, config.chunk_size)
+    return (cost,) * full + ((cost.scaled(rest / config.chunk_size),) if rest else ())
 
 
 async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanReport:
@@ -224,7 +217,7 @@ async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanR
         check_repetition(parse_compress(spec), varied=training.augment and kind == "images")
     place = await greet(training) if config.asks_server else None
     opened = await asyncio.to_thread(open_model, training)
-    note(f"timing chunks of {-(-training.batch_size // training.chunks)} samples on this machine")
+    note(f"timing chunks of {training.chunk_size} samples on this machine")
     costs = await asyncio.to_thread(ChunkCosts, opened, training)
     alone = await asyncio.to_thread(costs.cost, opened.cuts, parse_compress(("none",)))
     around = await _surroundings(config, opened, costs, place, note)
@@ -238,7 +231,7 @@ async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanR
         link=around.link,
         measured=config.link is None,
         cloud_speed=1 / around.speeds.cloud,
-        alone_s=sum(sum(chunk.seconds.values()) for chunk in chunk_costs(alone, training)),
+        alone_s=sum(sum(chunk.seconds.values()) for chunk in _of_step(alone, training)),
         cuts=opened.cuts,
         rows=tuple(rows[0] for rows in compared),
         moved=tuple(row for rows in compared for row in rows[1:]),
@@ -249,14 +242,9 @@ async def make_plan(config: PlanConfig, note: Note = lambda text: None) -> PlanR
 async def _surroundings(
     config: PlanConfig, opened: Opened, costs: ChunkCosts, place: Place | None, note: Note
 ) -> Surroundings:
-    training = config.training
     if place is not None:
-        note(f"measuring {training.server}{'' if config.link else ' and the link to it'}")
-        # Random weights would have a size of their own; and no batch is to be smaller than the others.
-        of_two = 2 * -(-training.batch_size // training.chunks)
-        limit = opened.samples.train_size // of_two * of_two
-        training = replace(training, image_size=opened.spec.image_size, train_limit=limit or None)
-        return await probe(training, costs, opened.cuts, place, link=config.link)
+        note(f"measuring {config.training.server}{'' if config.link else ' and the link to it'}")
+        return await probe(config.training, opened, costs, place, link=config.link)
     assert config.link is not None
     share = 1 / (config.cloud_speed or 1.0)
     return Surroundings(link=config.link, speeds=Speeds(cloud=share, cloud_codecs=share))

@@ -10,7 +10,7 @@ from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common.cost import ChunkCost, Link, Message
+from common.cost import ANSWERS, CLOUD, DOWN, EDGE, UP, ChunkCost, Link, Message
 from common.lanes import COMPUTE, DECODE, ENCODE
 from common.trace import Tracer
 from edge.busy import number
@@ -18,12 +18,11 @@ from edge.chunk_costs import ChunkCosts
 from edge.compress import parse_compress
 from edge.config import TrainConfig, parse_address
 from edge.link import open_link
-from edge.opened import RANDOM
+from edge.opened import RANDOM, Opened
 from edge.progress import SilentProgress
 from edge.security import wire_config
-from edge.speeds import CLOUD, DOWN, EDGE, UP, Speeds
+from edge.speeds import Speeds
 from edge.trainer import Trainer
-from edge.tuner import ANSWERS
 from wire.errors import RemoteProtocolError
 
 LIGHT = "int2"
@@ -89,8 +88,8 @@ async def greet(config: TrainConfig) -> Place:
 
 async def probe(
     config: TrainConfig,
+    opened: Opened,
     costs: ChunkCosts,
-    cuts: tuple[str, str],
     place: Place,
     *,
     link: Link | None = None,
@@ -98,9 +97,9 @@ async def probe(
     """Measure a server and the link to it.
 
     Args:
-        config: of the run that is to be planned, the size of its images in it; the server makes random weights.
-        costs: of the same model on this machine.
-        cuts: of the run.
+        config: of the run that is to be planned.
+        opened: its data and its model; the server makes one with random weights.
+        costs: of the model on this machine.
         place: where the server is.
         link: one to assume in place of the one there is, which is not measured then.
 
@@ -108,8 +107,8 @@ async def probe(
         UserError: the server refuses what the settings say.
         WireError: it cannot be reached, or the link failed.
     """
-    local = await asyncio.to_thread(costs.cost, cuts, parse_compress((LIGHT,)))
-    steps = await _steps(config, cuts, LIGHT, place.delay_s)
+    local = await asyncio.to_thread(costs.cost, opened.cuts, parse_compress((LIGHT,)))
+    steps = await _steps(config, opened, LIGHT, place.delay_s)
     around = Surroundings(
         link=link or steps.link,
         speeds=Speeds.between(steps.cost, local),
@@ -118,10 +117,10 @@ async def probe(
     if link is not None:
         return around
     for heavy in HEAVY:
-        dense = await asyncio.to_thread(costs.cost, cuts, parse_compress((heavy,)))
-        more = _bytes(dense) / max(1, _bytes(steps.cost))
+        dense = await asyncio.to_thread(costs.cost, opened.cuts, parse_compress((heavy,)))
+        more = dense.size_bytes(ANSWERS) / max(1, steps.cost.size_bytes(ANSWERS))
         if _CHUNKS * steps.moving_s * more <= MOST_S:
-            heavier = await _steps(config, cuts, heavy, place.delay_s)
+            heavier = await _steps(config, opened, heavy, place.delay_s)
             return replace(around, link=heavier.link)
     return around
 
@@ -165,7 +164,7 @@ class Steps:
             durations = [span["dur"] for chunk in of(kind, side, lane) for span in chunk]
             return median(durations) / 1e6 if durations else 0.0
 
-        messages, moving_s, rates = {}, {}, {}
+        messages, moving_s = {}, {}
         for kind, then in ANSWERS.items():
             sender, receiver = ("edge", "cloud") if kind in UP else ("cloud", "edge")
             sent, arrived = of(kind, sender, "send"), of(then, receiver, DECODE)
@@ -183,25 +182,28 @@ class Steps:
                 encode_s=lasted_s(kind, sender, ENCODE),
                 decode_s=lasted_s(then, receiver, DECODE),
             )
-        for kinds in (UP, DOWN):
-            carried = sum(messages[kind].size_bytes for kind in kinds)
-            rates[kinds] = max(carried, 1) * 8 / sum(moving_s[kind] for kind in kinds)
+        cost = ChunkCost(
+            seconds={
+                kind: lasted_s(kind, side, COMPUTE)
+                for side, kinds in (("edge", EDGE), ("cloud", CLOUD))
+                for kind in kinds
+            },
+            messages=messages,
+        )
+        up_bit_s, down_bit_s = (
+            max(cost.size_bytes(kinds), 1) * 8 / sum(moving_s[kind] for kind in kinds) for kinds in (UP, DOWN)
+        )
         return cls(
-            cost=ChunkCost(
-                seconds={
-                    kind: lasted_s(kind, "cloud" if kind in CLOUD else "edge", COMPUTE)
-                    for kind in (*EDGE, *CLOUD)
-                },
-                messages=messages,
-            ),
-            link=Link(up_bit_s=rates[UP], down_bit_s=rates[DOWN], delay_s=delay_s),
+            cost=cost,
+            link=Link(up_bit_s=up_bit_s, down_bit_s=down_bit_s, delay_s=delay_s),
             moving_s=sum(moving_s.values()),
         )
 
 
-async def _steps(config: TrainConfig, cuts: tuple[str, str], spec: str, delay_s: float) -> Steps:
+async def _steps(config: TrainConfig, opened: Opened, spec: str, delay_s: float) -> Steps:
     """Train a few steps with one chunk in flight, so that nothing waits for anything else, not for a core either."""
-    size = -(-config.batch_size // config.chunks)
+    batch = _CHUNKS * config.chunk_size
+    whole = opened.samples.train_size // batch * batch
     with TemporaryDirectory(prefix="isthmus-") as folder:
         timeline = Path(folder, "timeline.json")
         steps = replace(
@@ -212,13 +214,14 @@ async def _steps(config: TrainConfig, cuts: tuple[str, str], spec: str, delay_s:
             schedule="constant",
             warmup_steps=0,
             weight_decay=0.0,
-            amp="bf16"
-            if config.amp == "fp16"
-            else config.amp,  # its first steps overflow, and are not told of
-            cuts=cuts,
+            # The first steps in fp16 overflow, and are not told of.
+            amp="bf16" if config.amp == "fp16" else config.amp,
+            cuts=opened.cuts,
+            image_size=opened.spec.image_size,  # weights with a name may have one of their own
             compress=(spec,),
             bottleneck=None,
-            batch_size=_CHUNKS * size,
+            batch_size=batch,
+            train_limit=whole or None,  # no batch is smaller than the others
             chunks=_CHUNKS,
             depth=1,
             steps=_STEPS,
@@ -241,7 +244,3 @@ def _events(timeline: Path) -> list[dict[str, Any]]:
 
 def _names_side(span: Mapping[str, Any]) -> bool:
     return bool(span["ph"] == "M" and span["name"] == "process_name")
-
-
-def _bytes(cost: ChunkCost) -> int:
-    return sum(message.size_bytes for message in cost.messages.values())

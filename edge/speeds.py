@@ -3,13 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from common.cost import ChunkCost
-
-EDGE, CLOUD = ("0F", "2T", "0B"), ("1F", "1B")
-"""The kinds of actions that each side computes."""
-
-UP, DOWN = ("0F", "2T"), ("1F", "1B")
-"""The kinds of actions whose results go up and down."""
+from common.cost import CLOUD, DOWN, EDGE, UP, ChunkCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +43,8 @@ class Speeds:
     def between(cls, cost: ChunkCost, local: ChunkCost) -> "Speeds":
         """Compare what a chunk cost with what the same one costs on this machine alone."""
         return cls(
-            edge=_share(_seconds(cost, EDGE), _seconds(local, EDGE)),
-            cloud=_share(_seconds(cost, CLOUD), _seconds(local, CLOUD)),
+            edge=_share(cost.compute_s(EDGE), local.compute_s(EDGE)),
+            cloud=_share(cost.compute_s(CLOUD), local.compute_s(CLOUD)),
             edge_codecs=_share(_codecs(cost, UP, DOWN), _codecs(local, UP, DOWN)),
             cloud_codecs=_share(_codecs(cost, DOWN, UP), _codecs(local, DOWN, UP)),
         )
@@ -58,10 +52,6 @@ class Speeds:
 
 def _share(seconds: float, of: float) -> float:
     return seconds / of if seconds > 0 and of > 0 else 1.0
-
-
-def _seconds(cost: ChunkCost, kinds: Iterable[str]) -> float:
-    return sum(cost.seconds.get(kind, 0.0) for kind in kinds)
 
 
 def _codecs(cost: ChunkCost, sent: Iterable[str], received: Iterable[str]) -> float:

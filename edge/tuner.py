@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from common.cost import ChunkCost, Message, StepModel
+from common.cost import ANSWERS, CLOUD, DOWN, EDGE, UP, ChunkCost, Message, StepModel
 from common.cost import Link as LinkCost
 from common.lanes import COMPUTE, DECODE, ENCODE, Lanes
 from common.plan import Plan, best_plan
@@ -31,9 +31,6 @@ LATE_SHARE = 0.15
 
 Means = Mapping[str, Mapping[str, float]]
 """Mean seconds by lane (`compute`, `encode`, `decode`) and kind of action."""
-
-ANSWERS = {"0F": "1F", "1F": "2T", "2T": "1B", "1B": "0B"}
-"""Of each kind of message: the kind of action that decoding it makes possible."""
 
 
 class Tuner:
@@ -147,8 +144,8 @@ def measured_model(
     up_bit_s, down_bit_s = _rate(up_bit_s), _rate(number(cloud.get("rate_bit_s")))
     cost = ChunkCost(
         seconds={
-            **{kind: seconds(edge, COMPUTE, kind) for kind in ("0F", "2T", "0B")},
-            **{kind: seconds(cloud_means, COMPUTE, kind) for kind in ("1F", "1B")},
+            **{kind: seconds(edge, COMPUTE, kind) for kind in EDGE},
+            **{kind: seconds(cloud_means, COMPUTE, kind) for kind in CLOUD},
         },
         messages={kind: message(kind) for kind in ANSWERS},
     )
@@ -162,15 +159,8 @@ def late(link: LinkCost, cost: ChunkCost) -> LinkCost:
     A busy link delays by what it holds in queues, those of the kernel and of the network, and no two actions take
     exactly the same.
     """
-    up_s, down_s = (
-        sum(cost.messages[kind].size_bytes for kind in kinds) * 8 / rate_bit_s
-        for kinds, rate_bit_s in ((("0F", "2T"), link.up_bit_s), (("1F", "1B"), link.down_bit_s))
-    )
-    edge_s, cloud_s = (
-        sum(cost.seconds[kind] for kind in kinds) for kinds in (("0F", "2T", "0B"), ("1F", "1B"))
-    )
-    link_s = max(up_s, down_s)
-    share = link_s / max(link_s, edge_s, cloud_s, 1e-9)
+    link_s = max(cost.size_bytes(UP) * 8 / link.up_bit_s, cost.size_bytes(DOWN) * 8 / link.down_bit_s)
+    share = link_s / max(link_s, cost.compute_s(EDGE), cost.compute_s(CLOUD), 1e-9)
     return replace(link, delay_s=link.delay_s + QUEUE_S * share + LATE_SHARE * max(cost.seconds.values()))
 
 
