@@ -55,14 +55,6 @@ register_model("tiny_of_test_middle", Tiny)
 register_model("masked_of_test_middle", Masked)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def spec_of(**changes):
     settings = {
         "model": ModelSpec(name="tiny_of_test_middle", num_classes=5, image_size=SIZE),

@@ -18,13 +18,7 @@ from edge.calibrate import calibrate
 from edge.config import CalibrateConfig, TrainConfig
 from edge.job import prepare
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Told:

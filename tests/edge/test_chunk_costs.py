@@ -17,12 +17,7 @@ CUTS = ("stem", "blocks")
 DENSE = 4 * 8 * 8 * 8 * 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def costs(**changes):

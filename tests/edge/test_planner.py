@@ -38,13 +38,9 @@ CUTS = ("stem", "blocks")
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(monkeypatch):
+def as_it_was(monkeypatch, one_thread):
     """The process of the tests stays as it is."""
     monkeypatch.setattr("common.runtime.prepare_process", lambda: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def plan(*arguments):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from wire.codecs.spec import parse_chain
 from wire.errors import SpecError
 from wire.messages import Forward
 from wire.streams import IDS, StreamDecoder, StreamEncoder, facts_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES = 4
 CHUNKS = 3
@@ -110,15 +111,6 @@ def assert_same_sent(ours: list[Any], theirs: list[Any]) -> None:
         for name, tensor in arrived.items():
             assert torch.equal(tensor, other_arrived[name])
             assert tensor.stride() == other_arrived[name].stride()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from a second thread, and wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
