@@ -26,6 +26,8 @@ from wire.protocol import Phase, Role
 from wire.sender import Traits
 from wire.serialize import decode, encode
 
+pytestmark = pytest.mark.usefixtures("never_rests")
+
 REASON = ConnectionLost("the test ends it")
 
 

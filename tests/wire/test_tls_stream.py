@@ -20,6 +20,8 @@ from wire.sender import Traits
 from wire.tls import client_context, server_context
 from wire.tls_stream import TlsStream
 
+pytestmark = pytest.mark.usefixtures("never_rests")
+
 with TemporaryDirectory() as _folder:
     _PAIR = make_pair(Path(_folder), "server")
     SERVER = server_context(_PAIR.cert, _PAIR.key)
