@@ -12,6 +12,7 @@ _PIECE_S = 0.025  # so long a more urgent message waits for the piece that is on
 _LEAST_PIECE = 16 * 1024
 _FIRST_PIECE = 256 * 1024  # until the pace is known
 _MEASURED_NS = 200_000_000
+_FIRST_BYTES = 8 << 20  # or when so many are through at first: cutting small and asking costs a fast link a lot
 _KEPT = 0.7  # what earlier measurements count beside a new one
 _SMALL = (
     20  # so many in a piece: asking the kernel would take a good part of the time that sending them takes
@@ -46,7 +47,7 @@ class Pace:
 
     Attributes:
         piece_bytes: what the link takes in about 25 ms, and never less than 16 KiB.
-        bytes_per_s: the pace last measured; None before the first 0.2 s of waiting for the link.
+        bytes_per_s: the pace last measured; None before the first 0.2 s of waiting for the link, or the first 8 MiB.
     """
 
     def __init__(self, delivery: Ask, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -84,7 +85,8 @@ class Pace:
         self._silent_ns -= silent_ns
         self._bytes += nbytes
         self._busy_ns += took_ns - silent_ns
-        if self._busy_ns >= _MEASURED_NS:
+        first = self.bytes_per_s is None and self._bytes >= _FIRST_BYTES
+        if self._busy_ns >= (1 if first else _MEASURED_NS):
             self._measured()
         return took_ns
 

@@ -22,6 +22,16 @@ def test_pieces_are_small_until_the_pace_is_known() -> None:
     assert pace.piece_bytes == 256 * 1024
 
 
+def test_fast_link_is_known_as_one_after_few_bytes() -> None:
+    pace = paced(*[(256 * 1024, 0)] * 31, (256 * 1024, 4))
+    assert pace.bytes_per_s == (8 << 20) / 0.004
+    assert paced(*[(256 * 1024, 1)] * 31).bytes_per_s is None
+
+
+def test_what_a_buffer_took_in_no_time_is_no_pace() -> None:
+    assert paced((64 << 20, 0)).bytes_per_s is None
+
+
 @pytest.mark.parametrize(
     ("bytes_per_s", "piece_bytes"),
     [(1_250_000, 31_250), (100_000, 16_384), (12_500_000, 312_500), (10**9, 25_000_000)],
@@ -115,7 +125,7 @@ def test_small_messages_on_a_fast_link_are_sent_without_asking_the_kernel() -> N
     for _ in range(100):
         kernel.send(64 * 1024, 20)
     assert kernel.asked == 0
-    assert kernel.pace.bytes_per_s == 10**9
+    assert kernel.pace.bytes_per_s == pytest.approx(10**9)
 
 
 def test_a_fast_link_that_becomes_slow_is_noticed_by_small_messages_too() -> None:
