@@ -12,7 +12,7 @@ _PIECE_S = 0.025  # so long a more urgent message waits for the piece that is on
 _LEAST_PIECE = 16 * 1024
 _FIRST_PIECE = 256 * 1024  # until the pace is known
 _MEASURED_NS = 200_000_000
-# At first, or when so many are through: on a fast link cutting small and asking the kernel costs a lot.
+# The first measurement ends sooner where so many are through: small pieces and asking cost a fast link a lot.
 _FIRST_BYTES = 8 << 20
 _KEPT = 0.7  # what earlier measurements count beside a new one
 _SMALL = (
