@@ -229,7 +229,7 @@ _EVALUATION: Final = ("0F", "1F", "2F")
 # Of each kind: who computes it, who gets the result, and which way that goes.
 _WAYS: Final[Mapping[str, tuple[str, str, str]]] = MappingProxyType(
     {
-        kind: ("cloud", "edge", "down") if kind[0] == "1" else ("edge", "cloud", "up")
+        kind: ("cloud", "edge", "down") if kind in CLOUD else ("edge", "cloud", "up")
         for kind in (*_TRAINING, "2F")
     }
 )

@@ -86,8 +86,8 @@ class Pace:
         self._silent_ns -= silent_ns
         self._bytes += nbytes
         self._busy_ns += took_ns - silent_ns
-        first = self.bytes_per_s is None and self._bytes >= _FIRST_BYTES
-        if self._busy_ns >= (1 if first else _MEASURED_NS):
+        known_fast = self.bytes_per_s is None and self._bytes >= _FIRST_BYTES and self._busy_ns > 0
+        if known_fast or self._busy_ns >= _MEASURED_NS:
             self._measured()
         return took_ns
 
@@ -97,5 +97,5 @@ class Pace:
         self._bytes = self._busy_ns = 0
         self._is_slow = False
         if self._sum_bytes > 0:
-            self.bytes_per_s = self._sum_bytes * 1e9 / self._sum_ns
+            self.bytes_per_s = self._sum_bytes / self._sum_ns * 1e9
             self.piece_bytes = max(_LEAST_PIECE, int(self.bytes_per_s * _PIECE_S))
