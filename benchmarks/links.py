@@ -70,6 +70,11 @@ class Shape:
         return max(least, int(self.rate_bit_s / 8 * 5e-3))
 
     @property
+    def segments(self) -> int:
+        """The most frames in one of TCP's large segments, which all fit the bucket at once."""
+        return min(self.burst_bytes // FRAME_BYTES, GSO_BYTES // FRAME_BYTES)
+
+    @property
     def queue_s(self) -> float:
         """How long a packet may wait before it is dropped: 50 ms, or a round trip where that is longer."""
         return max(0.05, 2 * self.delay_s)
@@ -199,6 +204,9 @@ def _namespaces(shape: Shape, cleanup: contextlib.ExitStack) -> Link:
         _run("ip", "-n", namespace, "addr", "add", host, "peer", peer, "dev", device)
         # A TUN's queue drops what its reader is late for: deep enough for a busy machine.
         _run("ip", "-n", namespace, "link", "set", device, "txqueuelen", "10000", "up")
+        # One of TCP's large segments that is larger than the bucket is cut into frames that pass one by one, and that
+        # takes both cores: they are made to fit it.
+        _run("ip", "-n", namespace, "link", "set", device, "gso_max_segs", str(shape.segments))
         bucket = ["rate", f"{shape.rate_bit_s:.0f}bit", "burst", f"{shape.burst_bytes}b"]
         bucket += ["latency", f"{shape.queue_s * 1e3:.0f}ms"]
         _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *bucket)
