@@ -8,11 +8,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import TypeVar
 
+from common.cores import OwnCores
 from common.runtime import set_threads
+from common.schedule import ACTIONS
 from common.trace import Tracer
 
 T = TypeVar("T")
@@ -26,6 +28,7 @@ class Lanes:
     Args:
         tracer: is told of every piece of work.
         threads: torch's threads on the compute lane; the others use one each.
+        on_gpu: what is computed is computed there, and not by those threads.
 
     Attributes:
         busy_s: seconds of work by lane.
@@ -33,17 +36,16 @@ class Lanes:
             device; None to compute at once. What entering waits counts as no work.
     """
 
-    def __init__(self, tracer: Tracer, threads: int) -> None:
+    def __init__(self, tracer: Tracer, threads: int, *, on_gpu: bool = False) -> None:
         self._tracer = tracer
         self._executors = {
-            lane: ThreadPoolExecutor(
-                1,
-                thread_name_prefix=lane,
-                initializer=set_threads,
-                initargs=(threads if lane == COMPUTE else 1,),
-            )
-            for lane in (ENCODE, DECODE, COMPUTE)
+            lane: ThreadPoolExecutor(1, thread_name_prefix=lane, initializer=set_threads, initargs=(1,))
+            for lane in (ENCODE, DECODE)
         }
+        self._executors[COMPUTE] = ThreadPoolExecutor(
+            1, thread_name_prefix=COMPUTE, initializer=self._start_to_compute, initargs=(threads, on_gpu)
+        )
+        self._own_cores: AbstractContextManager[object, None] = nullcontext()
         self.busy_s: dict[str, float] = dict.fromkeys(self._executors, 0.0)
         self.turn: AbstractContextManager[object, None] | None = None
         self._taken: dict[str, dict[str, list[float]]] = {lane: {} for lane in self._executors}
@@ -54,7 +56,8 @@ class Lanes:
         def timed() -> T:
             start_ns = time.monotonic_ns()
             try:
-                return work(*args)
+                with self._own_cores if lane == COMPUTE and name[:2] in ACTIONS else nullcontext():
+                    return work(*args)
             finally:
                 end_ns = time.monotonic_ns()
                 seconds = (end_ns - start_ns) / 1e9
@@ -69,6 +72,11 @@ class Lanes:
                 return timed()
 
         return asyncio.get_running_loop().run_in_executor(self._executors[lane], in_turn)
+
+    def _start_to_compute(self, threads: int, on_gpu: bool) -> None:
+        set_threads(threads)
+        if not on_gpu:
+            self._own_cores = OwnCores(threads)
 
     def take_means(self) -> dict[str, dict[str, float]]:
         """Return the mean seconds by lane and kind of action (``0F``) since the last call."""

@@ -161,3 +161,33 @@ def test_closing_ends_what_runs_drops_what_waits_and_takes_nothing_more():
 
     assert asyncio.run(scenario()) == ["first"]
     assert not [t for t in threading.enumerate() if t.name.startswith((COMPUTE, ENCODE, DECODE))]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_only_actions_that_threads_compute_have_their_own_cores(monkeypatch, on_gpu):
+    inside, made = [], []
+
+    class Recorder:
+        def __init__(self, threads):
+            made.append(threads)
+
+        def __enter__(self):
+            inside.append("in")
+
+        def __exit__(self, *_):
+            inside.append("out")
+
+    monkeypatch.setattr(lanes_module, "OwnCores", Recorder)
+    done = []
+
+    async def scenario(lanes):
+        for lane, name in ((COMPUTE, "norm"), (ENCODE, "0F0"), (COMPUTE, "0F0"), (COMPUTE, "commit")):
+            await lanes.run(lane, name, lambda: done.append(list(inside)))
+
+    lanes = Lanes(Tracer("edge", enabled=False), 2, on_gpu=on_gpu)
+    try:
+        asyncio.run(scenario(lanes))
+    finally:
+        lanes.close()
+    assert made == ([] if on_gpu else [2])
+    assert done == ([[], [], [], []] if on_gpu else [[], [], ["in"], ["in", "out"]])
