@@ -64,7 +64,7 @@ class Channel:
         self._new_waiter = new_waiter
         self._call_later = call_later
         self._stream: Stream
-        self._sender = Sender(lead=ENDLESS if role is Role.SERVER else 0)
+        self._sender = Sender(lambda: call_later(0, self._pump), lead=ENDLESS if role is Role.SERVER else 0)
         self._sent_bytes = 0  # once the stream has ended
         self._senders: deque[Waiter] = deque()
         self._timer: Timer | None = None

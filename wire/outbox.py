@@ -13,6 +13,7 @@ A large frame is sent in pieces. What is more urgent goes between two of them.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from itertools import count
@@ -106,6 +107,12 @@ class Outbox:
     def ordinary(self) -> int:
         """How many messages wait that are not urgent."""
         return len(self._heap) - self.urgent
+
+    @property
+    def next_size(self) -> float:
+        """Bytes of the frame that is to be sent next; without end where there is none, or only a part of one."""
+        receipt = self._heap[0][-1] if self._heap else None
+        return math.inf if receipt is None or receipt.in_pieces else receipt.size
 
     def push(self, kind: str, receipt: SendReceipt, chunk: int = 0) -> None:
         """Add the frame of a message of this kind, of this chunk."""

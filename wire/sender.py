@@ -1,7 +1,8 @@
 """Gives a stream what waits to be sent, the most urgent first.
 
-The stream is given one frame at a time, and a large one in pieces, so that a more urgent frame waits for at
-most the piece that is on its way.
+The stream is given one frame at a time, small ones together and a large one in pieces, so that a more urgent frame
+waits for at most what the link takes in the time of a piece. What carries a payload is not sent at once but when the
+event loop is next free: by then there may be more, and the system is asked once for all of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from wire.errors import WireError
 from wire.loop import Stream
@@ -20,6 +22,8 @@ from wire.pace import Ask, Pace
 __all__ = ["Sender", "Traits"]
 
 _SLICE = 256 * 1024  # what a stream that copies what it cannot send is given at once
+_TOGETHER = 8 << 20  # small frames are given together up to so many bytes; more at once is no faster
+_CAN_WAIT = frozenset({"forward", "backward", "weights"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +41,25 @@ class Traits:
     overhead: Callable[[], int] = lambda: 0
 
 
+class _Part(NamedTuple):
+    """What of a frame the stream is given at once.
+
+    Attributes:
+        receipt: the frame's.
+        size: bytes.
+        is_last: the frame ends here.
+    """
+
+    receipt: SendReceipt
+    size: int
+    is_last: bool
+
+
 class Sender:
     """The sending half of a channel.
 
     Args:
+        soon: has the event loop call `pump` when it is next free.
         lead: by how many chunks activations may be ahead of gradients, see `wire.outbox`.
 
     Attributes:
@@ -48,17 +67,18 @@ class Sender:
         pace: how fast the link takes it.
     """
 
-    def __init__(self, *, lead: int) -> None:
+    def __init__(self, soon: Callable[[], object], *, lead: int) -> None:
         self.paused = False
         self.pace = Pace(lambda: None)
         self._outbox = Outbox(lead=lead)
         self._stream: Stream
         self._overhead: Callable[[], int]
         self._slices: deque[memoryview] | None = None  # where the stream is to be given slices: those left
-        self._sending: SendReceipt | None = None  # what the stream has in part
-        self._size = 0
-        self._is_last = False
+        self._sending: list[_Part] = []  # what the stream is being given
+        self._size = 0  # bytes of all of that
         self._written = 0
+        self._soon = soon
+        self._is_due = False  # the event loop is going to pump
 
     def attach(self, stream: Stream, traits: Traits) -> None:
         """Begin to send to a stream."""
@@ -80,7 +100,7 @@ class Sender:
     @property
     def idle(self) -> bool:
         """Nothing waits, and the stream buffers nothing."""
-        return self._sending is None and not self._outbox
+        return not (self._sending or self._outbox)
 
     @property
     def sent_bytes(self) -> int:
@@ -92,15 +112,21 @@ class Sender:
         self._outbox.lead = chunks
 
     def push(self, kind: str, receipt: SendReceipt, chunk: int) -> None:
-        """Let a frame wait, and send it if it can be."""
+        """Let a frame wait, and send it if it can be: now, or soon where it carries a payload."""
         self._outbox.push(kind, receipt, chunk)
-        if not self.paused:
+        if self.paused:
+            return
+        if kind not in _CAN_WAIT:
             self.pump()
+        elif not self._is_due:
+            self._is_due = True
+            self._soon()
 
     def pump(self) -> None:
         """Give the stream frames until the kernel is full."""
+        self._is_due = False
         while not (self.paused or self.idle or self._stream.is_closing()):
-            if self._sending is None:
+            if not self._sending:
                 self._begin()
             while self._slices and not self.paused:
                 self._written += len(self._slices[0])
@@ -116,9 +142,9 @@ class Sender:
 
     def drop(self, error: WireError | None) -> None:
         """Forget everything that waits, because of an error."""
-        for receipt in {*filter(None, [self._sending]), *self._outbox.drain()}:
+        for receipt in {*(part.receipt for part in self._sending), *self._outbox.drain()}:
             receipt.finish(error)
-        self._sending = None
+        self._sending = []
         if self._slices:
             self._slices.clear()
 
@@ -128,11 +154,17 @@ class Sender:
             receipt.finish(error)
 
     def _begin(self) -> None:
-        buffers, receipt, self._is_last = self._outbox.take(self.pace.piece_bytes)
-        self._sending = receipt
-        self._size = sum(map(len, buffers))
-        if receipt.start_ns is None:
-            receipt.start_ns = time.monotonic_ns()
+        buffers: list[Buffer] = []
+        piece_bytes, now_ns = self.pace.piece_bytes, time.monotonic_ns()
+        most = min(piece_bytes, _TOGETHER)
+        self._size = 0
+        while not self._sending or self._outbox.next_size <= most - self._size:
+            taken, receipt, is_last = self._outbox.take(piece_bytes)
+            if receipt.start_ns is None:
+                receipt.start_ns = now_ns
+            self._sending.append(_Part(receipt, sum(map(len, taken)), is_last))
+            self._size += self._sending[-1].size
+            buffers += taken
         self.pace.begin(self._size)
         if self._slices is None:
             self._written += self._size
@@ -143,8 +175,9 @@ class Sender:
             self._slices.extend(view[at : at + _SLICE] for at in range(0, len(view), _SLICE))
 
     def _end(self) -> None:
-        assert self._sending is not None
-        self._sending.busy_ns += self.pace.end(self._size)
-        if self._is_last:
-            self._sending.finish()
-        self._sending = None
+        took_ns = self.pace.end(self._size)
+        sent, self._sending = self._sending, []
+        for receipt, size, is_last in sent:
+            receipt.busy_ns += took_ns * size // self._size
+            if is_last:
+                receipt.finish()

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.wire.pair import ROOMY, SAMPLES, joined, read_frames, to_bytes
+from tests.wire.pair import ROOMY, SAMPLES, as_sent, joined, read_frames, to_bytes
+from wire import sender
 from wire.channel import Channel
 from wire.config import WireConfig
 from wire.errors import (
@@ -132,7 +133,13 @@ class FakeStream:
 
 
 class End:
-    """A channel, and everything around it faked."""
+    """A channel, and everything around it faked.
+
+    Attributes:
+        held: what waits until the event loop is free; it is free at once where this is None.
+    """
+
+    held: list[Callable[[], None]] | None = None
 
     def __init__(
         self, role: Role = Role.SERVER, *, room: int | None = None, splits: bool = True, **settings: Any
@@ -145,8 +152,14 @@ class End:
         self.splits = splits
 
     def _call_later(self, delay_s: float, callback: Callable[[], None]) -> FakeTimer:
-        self.timers.append(FakeTimer(delay_s, callback))
-        return self.timers[-1]
+        timer = FakeTimer(delay_s, callback)
+        if delay_s:
+            self.timers.append(timer)
+        elif self.held is None:
+            callback()
+        else:
+            self.held.append(callback)
+        return timer
 
     @property
     def due(self) -> list[FakeTimer]:
@@ -174,6 +187,16 @@ class End:
             buffer[:count] = unread[:count]
             unread = unread[count:]
             self.channel.received(count)
+
+    def hold(self) -> "End":
+        """From now on the event loop is busy, but when `free` is called."""
+        self.held = []
+        return self
+
+    def free(self) -> None:
+        """The event loop is free for a moment."""
+        while self.held:
+            self.held.pop(0)()
 
     def running(self) -> "End":
         """A server's end, with a job on it; what it has said so far is forgotten."""
@@ -297,6 +320,96 @@ def test_stream_that_copies_holds_one_piece_at_most() -> None:
         end.stream.drain(50_000)
     assert max(sizes) <= 256 * 1024
     assert end.sent_kinds() == ["forward"]
+
+
+def test_payloads_wait_until_the_loop_is_free_and_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = End(splits=False).running().hold()
+    writes: list[int] = []
+    write = end.stream.writelines
+    monkeypatch.setattr(end.stream, "writelines", lambda b: (writes.append(sum(map(len, b))), write(b)))
+    receipts = [end.channel.queue(SAMPLES[kind]) for kind in ("forward", "backward", "forward")]
+    assert writes == []
+    assert [receipt.start_ns for receipt in receipts] == [None] * 3
+    end.free()
+    assert writes == [sum(receipt.size for receipt in receipts)]
+    assert sorted(end.sent_kinds()) == ["backward", "forward", "forward"]
+    assert all(receipt.end_ns is not None for receipt in receipts)
+    assert sum(receipt.busy_ns for receipt in receipts) <= receipts[0].end_ns - receipts[0].start_ns  # type: ignore[operator]
+
+
+def test_the_loop_is_asked_once_for_all_that_waits() -> None:
+    end = End().running().hold()
+    for _ in range(3):
+        end.channel.queue(SAMPLES["forward"])
+    assert end.held is not None
+    assert len(end.held) == 1
+    end.free()
+    end.channel.queue(SAMPLES["forward"])
+    assert len(end.held) == 1
+
+
+def test_frames_go_together_only_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(to_bytes(SAMPLES["forward"]))
+    monkeypatch.setattr(sender, "_TOGETHER", 2 * size)
+    end = End(room=0, splits=False).running().hold()
+    for _ in range(5):
+        end.channel.queue(SAMPLES["forward"])
+    end.free()
+    sizes = []
+    while end.stream.buffered:
+        sizes.append(len(end.stream.buffered))
+        end.stream.drain(sizes[-1])
+    assert sizes == [2 * size, 2 * size, size]
+
+
+def test_what_orders_the_others_is_sent_at_once_with_what_waits_before_it() -> None:
+    end = End().running().hold()
+    end.channel.queue(SAMPLES["forward"])
+    end.channel.queue(SAMPLES["committed"])
+    assert end.sent_kinds() == ["forward", "committed"]
+    end.free()
+    assert end.sent_kinds() == ["forward", "committed"]
+
+
+def test_what_waits_for_the_loop_is_forgotten_with_the_connection() -> None:
+    end = End().running().hold()
+    receipt = end.channel.queue(SAMPLES["forward"])
+    end.channel.abort(REASON)
+    end.free()
+    assert end.sent_kinds() == []
+    with pytest.raises(ConnectionLost):
+        receipt.__await__().send(None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 9000), st.booleans()), min_size=1, max_size=12),
+    st.lists(st.integers(1, 30_000), max_size=12),
+    st.booleans(),
+)
+def test_all_arrives_whatever_waits_and_goes_together(
+    queued: list[tuple[bool, int, bool]], room: list[int], splits: bool
+) -> None:
+    end = End(room=0, splits=splits, send_queue=64).running().hold()
+    end.channel._sender.pace.piece_bytes = 4096  # some go whole, some in pieces
+    wanted: dict[str, list[Message]] = {"forward": [], "backward": []}
+    receipts = []
+    for backward, blocks, free in queued:
+        message = large(blocks * 64, backward=backward)
+        wanted[message.kind].append(message)
+        receipts.append(end.channel.queue(message))
+        if free:
+            end.free()
+    end.free()
+    for nbytes in room:
+        end.stream.drain(nbytes)
+    end.stream.drain()
+    end.free()
+    sent = end.sent()
+    for kind, messages in wanted.items():
+        assert list(map(as_sent, (m for m in sent if m.kind == kind))) == list(map(as_sent, messages))
+    assert all(receipt.end_ns is not None for receipt in receipts)
+    assert sum(receipt.size for receipt in receipts) == len(end.stream.taken)
 
 
 def test_only_one_frame_is_given_to_the_stream_at_a_time() -> None:
