@@ -22,7 +22,7 @@ from wire.pace import Ask, Pace
 __all__ = ["Sender", "Traits"]
 
 _SLICE = 256 * 1024  # what a stream that copies what it cannot send is given at once
-_TOGETHER = 8 << 20  # small frames are given together up to so many bytes; more at once is no faster
+_TOGETHER = 9 << 20  # small frames are given together up to so many bytes: a full queue of 1 MiB each
 _CAN_WAIT = frozenset({"forward", "backward", "weights"})
 
 
