@@ -55,7 +55,7 @@ class Session:
     def __init__(self, spec: JobSpec, device: Device, turns: Turns, threads: int) -> None:
         self.spec = spec
         self.tracer = Tracer("cloud", enabled=spec.trace)
-        self.lanes = Lanes(self.tracer, threads, on_gpu=device.is_cuda)
+        self.lanes = Lanes(self.tracer, threads)
         self.concluded = self.applied = 0
         self.pending: int | None = None
         self.broken = False

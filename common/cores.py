@@ -23,8 +23,8 @@ class OwnCores:
 
     Only for two threads on two cores, and only on Linux: elsewhere it does nothing. On more cores the system has better
     places than one that was chosen before; of more threads GNU OpenMP ends and starts some as operations need
-    them, and a thread that starts inside inherits the one core. For the same reason work on a GPU, for which torch
-    starts threads at the first backward pass, should not be done inside.
+    them, and a thread that starts inside inherits the one core. For the same reason it does nothing where there is a
+    GPU: torch starts threads for it at the first backward pass.
 
     Args:
         threads: how many torch uses in this thread.
@@ -54,12 +54,11 @@ class OwnCores:
         if sys.platform != "linux" or self._other is None or self._allowed is None:
             return
         allowed, self._allowed = self._allowed, None
-        for thread in (0, self._other):
+        for thread in (self._other, 0):
             try:
                 os.sched_setaffinity(thread, allowed)
             except OSError:
                 self._other = None
-                return
 
 
 def _this_core() -> int | None:
@@ -71,13 +70,19 @@ def _this_core() -> int | None:
 def _other_thread() -> int | None:
     """The thread that helps this one with torch's operations, found by giving it its first work.
 
-    None where something else started a thread meanwhile, and it cannot be told from that, or where none was started.
+    None where there is a GPU, where something else started a thread meanwhile, and it cannot be told from that, and
+    where none was started or the system does not list them.
     """
     import torch  # here, so that the rest can run before torch is loaded
 
-    before = _threads()
-    torch.zeros(_SHARED).add_(1)
-    new = _threads() - before
+    if torch.accelerator.is_available():
+        return None
+    try:
+        before = _threads()
+        torch.zeros(_SHARED).add_(1)
+        new = _threads() - before
+    except OSError:
+        return None
     return new.pop() if len(new) == 1 else None
 
 

@@ -28,7 +28,6 @@ class Lanes:
     Args:
         tracer: is told of every piece of work.
         threads: torch's threads on the compute lane; the others use one each.
-        on_gpu: what is computed is computed there, and not by those threads.
 
     Attributes:
         busy_s: seconds of work by lane.
@@ -36,14 +35,14 @@ class Lanes:
             device; None to compute at once. What entering waits counts as no work.
     """
 
-    def __init__(self, tracer: Tracer, threads: int, *, on_gpu: bool = False) -> None:
+    def __init__(self, tracer: Tracer, threads: int) -> None:
         self._tracer = tracer
         self._executors = {
             lane: ThreadPoolExecutor(1, thread_name_prefix=lane, initializer=set_threads, initargs=(1,))
             for lane in (ENCODE, DECODE)
         }
         self._executors[COMPUTE] = ThreadPoolExecutor(
-            1, thread_name_prefix=COMPUTE, initializer=self._start_to_compute, initargs=(threads, on_gpu)
+            1, thread_name_prefix=COMPUTE, initializer=self._start_to_compute, initargs=(threads,)
         )
         self._own_cores: AbstractContextManager[object, None] = nullcontext()
         self.busy_s: dict[str, float] = dict.fromkeys(self._executors, 0.0)
@@ -73,10 +72,9 @@ class Lanes:
 
         return asyncio.get_running_loop().run_in_executor(self._executors[lane], in_turn)
 
-    def _start_to_compute(self, threads: int, on_gpu: bool) -> None:
+    def _start_to_compute(self, threads: int) -> None:
         set_threads(threads)
-        if not on_gpu:
-            self._own_cores = OwnCores(threads)
+        self._own_cores = OwnCores(threads)
 
     def take_means(self) -> dict[str, dict[str, float]]:
         """Return the mean seconds by lane and kind of action (``0F``) since the last call."""

@@ -12,7 +12,10 @@ from common import cores as cores_module
 from common.cores import OwnCores
 from common.runtime import set_threads
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds threads to cores")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds threads to cores"),
+    pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU nothing is bound"),
+]
 
 
 @pytest.fixture
@@ -147,6 +150,29 @@ def test_where_the_core_is_not_told_nothing_is_bound(in_thread, monkeypatch):
             return affinities(own)
 
     assert [len(cores) for cores in in_thread(work)] == [2, 2]
+
+
+def test_where_threads_are_not_listed_nothing_is_bound(in_thread, monkeypatch):
+    def fails():
+        raise FileNotFoundError("/proc/self/task")
+
+    monkeypatch.setattr(cores_module, "_threads", fails)
+
+    def work():
+        with OwnCores(2):
+            return os.sched_getaffinity(0)
+
+    assert len(in_thread(work)) == 2
+
+
+def test_where_there_is_a_gpu_nothing_is_bound(in_thread, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+
+    def work():
+        with OwnCores(2):
+            return os.sched_getaffinity(0)
+
+    assert len(in_thread(work)) == 2
 
 
 def test_where_another_thread_starts_meanwhile_nothing_is_bound(in_thread, monkeypatch):
