@@ -72,7 +72,7 @@ class Shape:
     @property
     def segments(self) -> int:
         """The most frames in one of TCP's large segments, which all fit the bucket at once."""
-        return min(self.burst_bytes // FRAME_BYTES, GSO_BYTES // FRAME_BYTES)
+        return min(self.burst_bytes, GSO_BYTES) // FRAME_BYTES
 
     @property
     def queue_s(self) -> float:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -63,8 +65,13 @@ class OwnCores:
 
 def _this_core() -> int | None:
     """The core that this thread runs on; None where the C library does not tell."""
-    ask = getattr(ctypes.CDLL(None), "sched_getcpu", None)
+    ask = _sched_getcpu()
     return None if ask is None else int(ask())
+
+
+@cache
+def _sched_getcpu() -> Callable[[], int] | None:
+    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
 
 
 def _other_thread() -> int | None:

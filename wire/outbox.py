@@ -24,11 +24,12 @@ from wire.frames import PRELUDE_SIZE, encode_piece_head, split_frame_head
 from wire.loop import Waiter, wake
 from wire.messages import Buffer
 
-__all__ = ["ENDLESS", "Outbox", "SendReceipt"]
+__all__ = ["ENDLESS", "NUMBERS", "Outbox", "SendReceipt"]
 
 _URGENT = frozenset({"ping", "pong", "error", "abort"})
-# What goes in pieces, and the number of its frame: at most one of each kind is on its way, the oldest.
-_NUMBERS = {"backward": 1, "forward": 2, "weights": 3}
+# What carries a payload and goes in pieces, and the number of its frame: at most one of each kind is on its way,
+# the oldest.
+NUMBERS = {"backward": 1, "forward": 2, "weights": 3}
 _LAST = 1 << 62  # after every chunk
 
 ENDLESS = 1 << 32
@@ -116,7 +117,7 @@ class Outbox:
 
     def push(self, kind: str, receipt: SendReceipt, chunk: int = 0) -> None:
         """Add the frame of a message of this kind, of this chunk."""
-        number, rank, era = _NUMBERS.get(kind, 0), 0, self._era
+        number, rank, era = NUMBERS.get(kind, 0), 0, self._era
         if number:
             rank = {"backward": chunk, "forward": chunk - self.lead}.get(kind, _LAST)
             # Also where the lead has changed: none of a kind overtakes another, which may be on its way in pieces.

@@ -16,14 +16,13 @@ from typing import NamedTuple
 from wire.errors import WireError
 from wire.loop import Stream
 from wire.messages import Buffer
-from wire.outbox import Outbox, SendReceipt
+from wire.outbox import NUMBERS, Outbox, SendReceipt
 from wire.pace import Ask, Pace
 
 __all__ = ["Sender", "Traits"]
 
 _SLICE = 256 * 1024  # what a stream that copies what it cannot send is given at once
 _TOGETHER = 9 << 20  # small frames are given together up to so many bytes: a full queue of 1 MiB each
-_CAN_WAIT = frozenset({"forward", "backward", "weights"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +115,7 @@ class Sender:
         self._outbox.push(kind, receipt, chunk)
         if self.paused:
             return
-        if kind not in _CAN_WAIT:
+        if kind not in NUMBERS:
             self.pump()
         elif not self._is_due:
             self._is_due = True

@@ -14,7 +14,7 @@ from wire.config import DEFAULT_LIMITS, PROTOCOL_VERSIONS, WireConfig
 from wire.errors import RemoteProtocolError
 from wire.frames import FRAME_FORMAT, HANDSHAKE_LIMITS, MAX_SPLIT
 from wire.messages import MESSAGE_TYPES, RULES
-from wire.outbox import _NUMBERS, _URGENT
+from wire.outbox import _URGENT, NUMBERS
 from wire.protocol import TRANSITIONS, Phase, Role
 from wire.token_file import LEAST_TOKEN
 
@@ -89,8 +89,8 @@ def test_rules_of_priority_name_every_message() -> None:
         r"^\d\. (.*?)(?=^\d\. |\n\n)", section("Order and priority"), re.M | re.S
     )
     assert set(quoted(urgent)) == set(_URGENT)
-    assert set(quoted(ranked)) == set(_NUMBERS)
-    assert set(quoted(ordering)) == set(MESSAGE_TYPES) - _URGENT - set(_NUMBERS)
+    assert set(quoted(ranked)) == set(NUMBERS)
+    assert set(quoted(ordering)) == set(MESSAGE_TYPES) - _URGENT - set(NUMBERS)
 
 
 def test_numbers_are_those_of_the_program() -> None:
