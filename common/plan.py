@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     lead: int = 0
 
 
-def best_plan(model: StepModel, *, depth: int | None = None, tolerance: float = 0.02) -> Plan:
+def best_plan(model: StepModel, *, depth: int | None = None, tolerance: float = 0.005) -> Plan:
     """Return the plan of the smallest depth whose simulated step takes at most 1 + tolerance times the best plan's.
 
     Smaller is better beyond that: each chunk in flight holds its activations on both sides. Where link and cores

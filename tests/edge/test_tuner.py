@@ -125,7 +125,7 @@ def test_a_choice_is_the_simulator_s():
 
 def test_a_disturbed_step_does_not_change_the_choice():
     model = slow_link()
-    slow = ChunkCost(seconds={**model.chunks[0].seconds, "1F": 100.0}, messages={})
+    slow = ChunkCost(seconds={**model.chunks[0].seconds, "1F": 1000.0}, messages={})
     disturbed = StepModel.even(slow, 16, model.link)
     assert best_plan(disturbed) != best_plan(model)
     for order in ((model, disturbed), (disturbed, model)):
