@@ -2,9 +2,9 @@
 
 python -m benchmarks.cpu_compute            # batch 64 in 8 chunks at 224 px, 2 threads
 
-Four processes take turns, one step each, so that whatever else the machine does touches all alike: glibc's
-malloc as it is, without and with chunks; its thresholds raised; and channels-last as well. Torch computes on a
-thread of its own, as in the product. The ratios are of medians.
+Five processes take turns, one step each, so that whatever else the machine does touches all alike: glibc's
+malloc as it is, without and with chunks; its thresholds raised; channels-last as well; and huge pages as well, as
+in the product. Torch computes on a thread of its own, as there. The ratios are of medians.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from typing import Any
 SEEN = {"glibc, unchunked": 9.9, "glibc": 4.0, "thresholds": 3.0, "thresholds, channels-last": 2.0}
 """Seconds a step that were seen elsewhere, on another machine of this kind."""
 
+PRODUCT = "all, huge pages"
+"""The setting that is the product's."""
+
 TARGET = 1.5
 """How many times faster than with glibc as it is a step must be with everything set."""
 
@@ -39,6 +42,7 @@ class Setting:
     chunks: int
     thresholds: bool = False
     channels_last: bool = False
+    huge_pages: bool = False
     batch: int = 64
     image_size: int = 224
     threads: int = 2
@@ -49,6 +53,7 @@ SETTINGS = {
     "glibc": Setting(chunks=8),
     "thresholds": Setting(chunks=8, thresholds=True),
     "thresholds, channels-last": Setting(chunks=8, thresholds=True, channels_last=True),
+    PRODUCT: Setting(chunks=8, thresholds=True, channels_last=True, huge_pages=True),
 }
 
 
@@ -94,7 +99,10 @@ def child(setting: Setting) -> None:
     from common import runtime
 
     if setting.thresholds:
-        runtime.prepare_process()
+        runtime.raise_malloc_thresholds()
+        runtime.wait_without_spinning()
+    if setting.huge_pages:
+        runtime.use_huge_pages()
     orders: queue.Queue[bool] = queue.Queue()
     compute = threading.Thread(target=_train, args=(setting, orders))
     compute.start()
@@ -168,7 +176,7 @@ def report(steps: dict[str, list[Step]]) -> dict[str, Any]:
         }
         print(
             f"{name:28}{seconds:10.2f}{cpu_s:8.2f}{baseline_s / seconds:14.2f}{faults:13,}"
-            f"{peak_bytes / 2**20:7.0f} MB{SEEN[name]:8.1f}"
+            f"{peak_bytes / 2**20:7.0f} MB{SEEN.get(name, ''):>8}"
         )
     return rows
 
@@ -189,10 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
     print(f"{machine}: MobileNetV2, batch 64 in 8 chunks, 224 px, 2 threads, medians of {rounds} steps")
     rows = report(measure(names, rounds))
-    reached = rows["thresholds, channels-last"]["times_faster"]
+    reached = rows[PRODUCT]["times_faster"]
     met = reached >= TARGET
     verdict = "met" if met else "MISSED"
-    print(f"both: {reached:.2f} times faster than glibc as it is (target {TARGET}: {verdict})")
+    print(f"{PRODUCT}: {reached:.2f} times faster than glibc as it is (target {TARGET}: {verdict})")
     if options.json:
         document = {
             "benchmark": "cpu_compute",

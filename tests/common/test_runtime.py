@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from common.runtime import (
     raise_malloc_thresholds,
     rss_bytes,
     set_threads,
+    use_huge_pages,
 )
 
 GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
@@ -80,6 +82,56 @@ def test_glibc_alone_faults_every_page_in_again() -> None:
 def test_a_setting_of_the_user_s_own_stays() -> None:
     call = faults("assert raise_malloc_thresholds()")
     assert min(run_python(call, MALLOC_MMAP_THRESHOLD_="1000000", MALLOC_MMAP_MAX_="65536")) > 100
+
+
+HUGE = """
+    import ctypes, json, resource
+    from common.runtime import raise_malloc_thresholds, release_memory, use_huge_pages
+    raise_malloc_thresholds()
+    {call}
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    ctypes.memset(libc.malloc(256 << 20), 1, 256 << 20)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps([after.ru_minflt - before.ru_minflt, before.ru_maxrss]))
+"""
+ADVISED = GLIBC and runtime._HUGE_PAGES.exists() and "[madvise]" in runtime._HUGE_PAGES.read_text()
+
+
+@pytest.mark.skipif(not ADVISED, reason="the system has huge pages for all processes or for none")
+@pytest.mark.parametrize("call", ["assert use_huge_pages()", "release_memory()"])
+def test_new_memory_comes_in_huge_pages_and_asking_takes_none(call: str) -> None:
+    faults, peak_kib = run_python(HUGE.format(call=call))
+    ordinary, ordinary_peak_kib = run_python(HUGE.format(call=""))
+    assert faults < ordinary / 4  # some, for where there is no free huge page there are ordinary ones
+    assert peak_kib < ordinary_peak_kib + 8 * 1024
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc has this heap")
+@pytest.mark.parametrize("limit", ["AS", "DATA"])
+def test_where_addresses_are_limited_none_are_taken(limit: str) -> None:
+    code = """
+        import json, resource
+        from common.runtime import use_huge_pages
+        resource.setrlimit(resource.RLIMIT_{limit}, (4 << 30, 4 << 30))
+        print(json.dumps(use_huge_pages()))
+    """
+    assert run_python(code.format(limit=limit)) is False
+
+
+@pytest.mark.parametrize(
+    ("pages", "overcommit"), [("[always]", "0"), ("[never]", "0"), ("[madvise]", "2"), (None, "0")]
+)
+def test_huge_pages_are_asked_for_only_where_that_helps(
+    pages: str | None, overcommit: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if pages is not None:
+        (tmp_path / "pages").write_text(pages)
+    (tmp_path / "overcommit").write_text(overcommit)
+    monkeypatch.setattr(runtime, "_HUGE_PAGES", tmp_path / "pages")
+    monkeypatch.setattr(runtime, "_OVERCOMMIT", tmp_path / "overcommit")
+    assert use_huge_pages() is False
 
 
 @pytest.mark.parametrize("libc", [object(), None])
