@@ -100,7 +100,7 @@ class Channel:
         """Queue a message to be sent, and send it if it can be."""
         buffers, size = self.protocol.send(message)
         receipt = SendReceipt(buffers, size, self._new_waiter)
-        chunk = message.chunk if isinstance(message, Forward | Backward) else 0
+        chunk = message.chunk if isinstance(message, (Forward, Backward)) else 0
         self._sender.push(message.kind, receipt, chunk)
         self._pumped()
         return receipt

@@ -229,13 +229,12 @@ class FrameReader:
     def _receive(self, arriving: _Arriving, end: int) -> None:
         """Let the next bytes belong to a payload, up to `end`; those of the head at once."""
         arriving.end = end
-        at_hand = min(self._end - self._start, end - arriving.filled)
-        arriving.block[arriving.filled : arriving.filled + at_hand] = self._head[
-            self._start : self._start + at_hand
-        ]
-        arriving.filled += at_hand
-        self._start += at_hand
         self._arriving = arriving
+        if at_hand := min(self._end - self._start, end - arriving.filled):
+            filled, start = arriving.filled, self._start
+            arriving.block[filled : filled + at_hand] = self._head[start : start + at_hand]
+            arriving.filled += at_hand
+            self._start += at_hand
 
     def _check_prelude(
         self, frame_format: int, flags: int, number: int, header_len: int, payload_len: int

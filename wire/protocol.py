@@ -267,7 +267,7 @@ class Protocol:
         """Move to the phase that a message, sent or received, leads to."""
         if phase is not self.phase:
             self._move(phase)
-        if isinstance(message, Hello | Rejoin):
+        if isinstance(message, (Hello, Rejoin)):
             self.hello = message
         elif isinstance(message, Welcome):
             self.welcome = message
