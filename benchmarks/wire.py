@@ -2,10 +2,10 @@
 
 Every contender sends the same number of messages of the same size from one tensor that is used again and again, to
 another process, which answers with one small message once it has all of them. What is printed is payload bytes over
-the time from the first send to that answer. The contenders take turns in many short rounds, so that whatever else the
-machine does meets all of them alike: a shared one copies memory at one of two speeds, a third apart, for some tenths
-of a second each. So a ratio is the median of the ratios within one round, not that of the medians. All use the same
-TCP congestion control.
+the time from the first send to that answer. The contenders take turns in many short rounds, each in an order drawn by
+lot, so that whatever else the machine does meets all of them alike: a shared one copies memory at one of two speeds, a
+third apart, for some tenths of a second each. So a ratio is the median of the ratios within a round, not that of the
+medians. All use the same TCP congestion control.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection as Pipe
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,7 @@ class Pair:
 def measure(names: Sequence[str], sizes: Sequence[str], rounds: int, bytes_a_round: int) -> dict[str, Any]:
     """Return GB/s by size and contender, every round's and the median."""
     pairs = [Pair(name) for name in names]
+    order = random.Random(0)
     results: dict[str, Any] = {}
     try:
         for label in sizes:
@@ -100,7 +103,7 @@ def measure(names: Sequence[str], sizes: Sequence[str], rounds: int, bytes_a_rou
             count = max(8, bytes_a_round // size)
             rates: dict[str, list[float]] = {name: [] for name in names}
             for number in range(rounds + 1):
-                for pair in pairs if number % 2 else pairs[::-1]:
+                for pair in order.sample(pairs, len(pairs)):
                     seconds = pair.measure(size, count if number else 8)
                     if number:  # the first is to warm up
                         rates[pair.name].append(count * size / seconds / 1e9)
@@ -121,7 +124,7 @@ def report(results: dict[str, Any]) -> bool:
     print(
         f"{'payload':>8}  "
         + "  ".join(f"{name:>14}" for name in names)
-        + "   (GB/s; Isthmus over it, target)"
+        + "   (GB/s, and Isthmus over it: medians)"
     )
     for label, row in results.items():
         ours = row["isthmus"]["rounds"]
@@ -131,7 +134,7 @@ def report(results: dict[str, Any]) -> bool:
             if name == "isthmus":
                 cells.append(f"{rate:14.2f}")
                 continue
-            ratio = statistics.median(a / b for a, b in zip(ours, row[name]["rounds"], strict=True))
+            ratio = row[name]["ratio"] = statistics.median(map(truediv, ours, row[name]["rounds"]))
             applies = name in EVERY_SIZE or SIZES[label] >= 1 << 20
             good = not applies or ratio >= TARGETS[name]
             met &= good

@@ -47,7 +47,8 @@ _SETTINGS: Final = (
     (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", -1),
 )
 
-_HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
+_HUGE_PAGE_BYTES: Final = 2 << 20  # larger ones, of some processors, would take memory that nothing is in
 _OVERCOMMIT: Final = Path("/proc/sys/vm/overcommit_memory")
 _MADV_HUGEPAGE: Final = 14
 _BLOCK_BYTES: Final = 512 << 20  # below the threshold from which a block is mapped by itself
@@ -56,10 +57,13 @@ _BLOCKS: Final = 16
 _SPINS: Final = "10000"  # 0.1 to 0.2 ms: most waits within an operation are shorter, a time slice is longer
 
 
+_asked_for_huge_pages = False  # by this process, as it was prepared
+
+
 def prepare_process() -> None:
     """Do what a process that computes should do first, before torch is imported and threads start."""
-    if raise_malloc_thresholds():
-        use_huge_pages()
+    global _asked_for_huge_pages
+    _asked_for_huge_pages = raise_malloc_thresholds() and use_huge_pages()
     wait_without_spinning()
 
 
@@ -101,37 +105,51 @@ def raise_malloc_thresholds() -> bool:
 
 
 def use_huge_pages() -> bool:
-    """Ask the system to back glibc's heap, as far as it grows to its first 8 GiB, with pages of 2 MiB.
+    """Ask the system to back glibc's heap, up to its first 8 GiB, with pages of 2 MiB.
 
-    Most distributions' Linux gives them to who asks for them. glibc asks only where GLIBC_TUNABLES had
+    Most distributions' Linux gives them to whoever asks. glibc asks only where GLIBC_TUNABLES had
     `glibc.malloc.hugetlb` when the process started. So the heap is made to grow once, by blocks that are freed
     again: that takes addresses, but no memory. Call it after `raise_malloc_thresholds`, without which freed blocks
     go back to the system.
 
+    A page takes its 2 MiB as soon as there is anything in it, and the system may put whole ones again where
+    `release_memory` left holes.
+
     Returns:
-        Whether it took effect; False where the system gives such pages to all processes or to none, where it
-        counts addresses as if they were memory, and where it refuses.
+        Whether the system was asked. Not where it gives such pages to all processes or to none, where they have
+        another size, where it limits addresses or counts them as memory, and where a user set the thresholds.
     """
+    if not _huge_pages_help():
+        return False
     try:
-        given = "[madvise]" in _HUGE_PAGES.read_text(encoding="ascii")  # to who asks
-        strict = _OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
         libc = ctypes.CDLL(None)
         malloc, free, madvise = libc.malloc, libc.free, libc.madvise
     except (AttributeError, OSError, TypeError):
-        return False
-    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    if not given or strict or limits != [resource.RLIM_INFINITY] * 2:
         return False
     malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     free.argtypes, free.restype = [ctypes.c_void_p], None
     blocks = [block for _ in range(_BLOCKS) if (block := malloc(_BLOCK_BYTES)) is not None]
     page = resource.getpagesize()
-    # One block begins where the one before it ends, so rounding down leaves no gap.
-    advised = [madvise(block // page * page, _BLOCK_BYTES, _MADV_HUGEPAGE) == 0 for block in blocks]
+    # A page more than the block, for the next one begins some bytes behind it.
+    advised = [madvise(block // page * page, _BLOCK_BYTES + page, _MADV_HUGEPAGE) == 0 for block in blocks]
     for block in blocks:
         free(block)
     return any(advised)
+
+
+def _huge_pages_help() -> bool:
+    try:
+        given = "[madvise]" in (_HUGE_PAGES / "enabled").read_text(encoding="ascii")  # to whoever asks
+        size = int((_HUGE_PAGES / "hpage_pmd_size").read_text(encoding="ascii"))
+        strict = _OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
+    except (OSError, ValueError):
+        return False
+    limits = {resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)}
+    # With the last of these, every block that malloc returns is written to, and so takes memory.
+    by_user = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_PERTURB_"} & os.environ.keys()
+    roomy = sys.maxsize > 1 << 32 and limits == {resource.RLIM_INFINITY}
+    return given and size == _HUGE_PAGE_BYTES and not strict and roomy and not by_user
 
 
 def release_memory() -> None:
@@ -142,6 +160,7 @@ def release_memory() -> None:
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+    if _asked_for_huge_pages:
         use_huge_pages()  # for the heap has shrunk, and grows anew
 
 

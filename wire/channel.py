@@ -100,6 +100,7 @@ class Channel:
         """Queue a message to be sent, and send it if it can be."""
         buffers, size = self.protocol.send(message)
         receipt = SendReceipt(buffers, size, self._new_waiter)
+        # Of tuples, here and in wire.protocol: a union would be made anew for every message.
         chunk = message.chunk if isinstance(message, (Forward, Backward)) else 0
         self._sender.push(message.kind, receipt, chunk)
         self._pumped()

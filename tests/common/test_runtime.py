@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,6 @@ from common.runtime import (
     raise_malloc_thresholds,
     rss_bytes,
     set_threads,
-    use_huge_pages,
 )
 
 GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
@@ -84,54 +84,79 @@ def test_a_setting_of_the_user_s_own_stays() -> None:
     assert min(run_python(call, MALLOC_MMAP_THRESHOLD_="1000000", MALLOC_MMAP_MAX_="65536")) > 100
 
 
+# Takes 256 MiB of memory, and prints whether huge pages were asked for there and what asking took of memory.
 HUGE = """
-    import ctypes, json, resource
-    from common.runtime import raise_malloc_thresholds, release_memory, use_huge_pages
-    raise_malloc_thresholds()
+    import ctypes, json, pathlib, re
+    from common import runtime
+    def status(field):
+        text = pathlib.Path("/proc/self/status").read_text()
+        return int(re.search(field + r":\\s*(\\d+)", text)[1])
+    before = status("VmHWM")
     {call}
+    asking_kib = status("VmHWM") - before
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    ctypes.memset(libc.malloc(256 << 20), 1, 256 << 20)
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps([after.ru_minflt - before.ru_minflt, before.ru_maxrss]))
+    middle = libc.malloc(256 << 20) + (128 << 20)
+    text = pathlib.Path("/proc/self/smaps").read_text()
+    for start, end, flags in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", text, re.M | re.S):
+        if int(start, 16) <= middle < int(end, 16):
+            print(json.dumps([" hg" in flags, asking_kib]))
 """
-ADVISED = GLIBC and runtime._HUGE_PAGES.exists() and "[madvise]" in runtime._HUGE_PAGES.read_text()
+HELPFUL = GLIBC and runtime._huge_pages_help()
 
 
-@pytest.mark.skipif(not ADVISED, reason="the system has huge pages for all processes or for none")
-@pytest.mark.parametrize("call", ["assert use_huge_pages()", "release_memory()"])
-def test_new_memory_comes_in_huge_pages_and_asking_takes_none(call: str) -> None:
-    faults, peak_kib = run_python(HUGE.format(call=call))
-    ordinary, ordinary_peak_kib = run_python(HUGE.format(call=""))
-    assert faults < ordinary / 4  # some, for where there is no free huge page there are ordinary ones
-    assert peak_kib < ordinary_peak_kib + 8 * 1024
+@pytest.mark.skipif(not HELPFUL, reason="here, no process need ask for huge pages, or none gets them")
+@pytest.mark.parametrize("more", ["", "runtime.release_memory()"])
+def test_a_prepared_process_has_asked_for_huge_pages_and_that_took_no_memory(more: str) -> None:
+    asked, asking_kib = run_python(HUGE.format(call=f"runtime.prepare_process(); {more}"))
+    assert asked
+    assert asking_kib < 8 * 1024
+    assert run_python(HUGE.format(call=more))[0] is False
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc has this heap")
-@pytest.mark.parametrize("limit", ["AS", "DATA"])
-def test_where_addresses_are_limited_none_are_taken(limit: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "env"),
+    [
+        ("resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))", {}),
+        ("resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))", {}),
+        ("", {"MALLOC_PERTURB_": "1"}),
+        ("", {"MALLOC_MMAP_THRESHOLD_": "1000000"}),
+    ],
+)
+def test_where_blocks_are_limited_or_take_memory_huge_pages_are_left(call: str, env: dict[str, str]) -> None:
     code = """
         import json, resource
         from common.runtime import use_huge_pages
-        resource.setrlimit(resource.RLIMIT_{limit}, (4 << 30, 4 << 30))
+        {call}
         print(json.dumps(use_huge_pages()))
     """
-    assert run_python(code.format(limit=limit)) is False
+    assert run_python(code.format(call=call), **env) is False
 
 
+@pytest.mark.skipif(not GLIBC, reason="only glibc has this heap")
 @pytest.mark.parametrize(
-    ("pages", "overcommit"), [("[always]", "0"), ("[never]", "0"), ("[madvise]", "2"), (None, "0")]
+    ("pages", "size", "overcommit", "wanted"),
+    [
+        ("always [madvise] never", "2097152", "0", True),
+        ("[always] madvise never", "2097152", "0", False),
+        ("always madvise [never]", "2097152", "0", False),
+        ("always [madvise] never", "536870912", "0", False),
+        ("always [madvise] never", "2097152", "2", False),
+        ("always [madvise] never", "", "0", False),
+    ],
 )
 def test_huge_pages_are_asked_for_only_where_that_helps(
-    pages: str | None, overcommit: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    pages: str, size: str, overcommit: str, wanted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if pages is not None:
-        (tmp_path / "pages").write_text(pages)
-    (tmp_path / "overcommit").write_text(overcommit)
-    monkeypatch.setattr(runtime, "_HUGE_PAGES", tmp_path / "pages")
+    for name, text in (("enabled", pages), ("hpage_pmd_size", size), ("overcommit", overcommit)):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(runtime, "_HUGE_PAGES", tmp_path)
     monkeypatch.setattr(runtime, "_OVERCOMMIT", tmp_path / "overcommit")
-    assert use_huge_pages() is False
+    for name in ("MALLOC_PERTURB_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(runtime.resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    assert runtime._huge_pages_help() is wanted
 
 
 @pytest.mark.parametrize("libc", [object(), None])
