@@ -98,11 +98,11 @@ def child(setting: Setting) -> None:
     """Run a step for each line of standard input, and print what it took."""
     from common import runtime
 
-    if setting.thresholds:
+    if setting.huge_pages:
+        runtime.prepare_process()
+    elif setting.thresholds:
         runtime.raise_malloc_thresholds()
         runtime.wait_without_spinning()
-    if setting.huge_pages:
-        runtime.use_huge_pages()
     orders: queue.Queue[bool] = queue.Queue()
     compute = threading.Thread(target=_train, args=(setting, orders))
     compute.start()

@@ -125,10 +125,9 @@ def raw_receiver(pipe: Pipe) -> None:
         sock, _ = listener.accept()
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     head = memoryview(bytearray(HEAD.size + len(FIELDS)))
-    buffers: dict[int, memoryview] = {}
     with sock:
         for size, count in rounds(pipe):
-            buffer = buffers.setdefault(size, memoryview(payload(size)))
+            buffer = memoryview(payload(size))
             for _ in range(count):
                 receive_exactly(sock, head)
                 receive_exactly(sock, buffer[: HEAD.unpack_from(head)[5]])
@@ -164,9 +163,8 @@ def gloo_receiver(pipe: Pipe) -> None:
         port = probe.getsockname()[1]
     pipe.send(port)
     dist.init_process_group("gloo", init_method=f"tcp://{LOOPBACK}:{port}", rank=0, world_size=2)
-    buffers: dict[int, torch.Tensor] = {}
     for size, count in rounds(pipe):
-        buffer = buffers.setdefault(size, torch.from_numpy(payload(size)))
+        buffer = torch.from_numpy(payload(size))
         for _ in range(count):
             dist.recv(buffer, 1)
         dist.send(torch.zeros(1), 1)

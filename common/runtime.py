@@ -56,7 +56,6 @@ _BLOCKS: Final = 16
 
 _SPINS: Final = "10000"  # 0.1 to 0.2 ms: most waits within an operation are shorter, a time slice is longer
 
-
 _asked_for_huge_pages = False  # by this process, as it was prepared
 
 
@@ -121,11 +120,8 @@ def use_huge_pages() -> bool:
     """
     if not _huge_pages_help():
         return False
-    try:
-        libc = ctypes.CDLL(None)
-        malloc, free, madvise = libc.malloc, libc.free, libc.madvise
-    except (AttributeError, OSError, TypeError):
-        return False
+    libc = ctypes.CDLL(None)
+    malloc, free, madvise = libc.malloc, libc.free, libc.madvise
     malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     free.argtypes, free.restype = [ctypes.c_void_p], None
